@@ -1,0 +1,284 @@
+"""Configuration: a frozen dataclass a script, filled from a config file and from the command line.
+
+    @dataclass(frozen=True)
+    class Config:
+        batch_size: int = key(16, "sequences an optimizer step", low=1)
+        method: Literal["ntp", "cocomix"] = key("ntp", "what is trained")
+
+    cfg, rest = parse(Config, sys.argv[1:], doc=__doc__)
+
+Types are checked, unknown keys name the nearest known one, and --help prints every key. A config file
+holds plain assignments; it is run as Python, so trust it as you trust code. Whatever a person can do
+wrong raises UserError, which `run` turns into one line on stderr and exit status 1 (--debug shows the
+traceback). What every command shares stands here too: the progress bar, the log, the signals. No torch.
+"""
+import dataclasses
+import difflib
+import json
+import math
+import os
+import runpy
+import signal
+import sys
+import types
+import typing
+from pathlib import Path
+
+from tqdm import tqdm
+
+MISSING = dataclasses.MISSING
+replace = dataclasses.replace  # a copy of a config with other values
+
+
+class UserError(Exception):
+    """Something a person can mend: one line that says what is wrong, with which value, and the remedy."""
+
+
+def key(default, meaning, low=None, high=None, bare=None):
+    """A config key. low, high: the allowed range, ends included; bare: the value of `--key` alone."""
+    return dataclasses.field(default=default, metadata=dict(meaning=meaning, low=low, high=high, bare=bare))
+
+
+# ---------------------------------------------------------------------------------------------------
+# values
+
+def _members(kind):
+    """The alternatives of a type: int | None -> (int, NoneType); others stand alone."""
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union else (kind,)
+
+
+def _expected(kind, meta):
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "none"}
+    def name(k):
+        if typing.get_origin(k) is typing.Literal:
+            return " or ".join(map(str, typing.get_args(k))) if len(typing.get_args(k)) < 3 else "one of " + ", ".join(map(str, typing.get_args(k)))
+        if typing.get_origin(k) is tuple:
+            return "one or more of " + name(typing.get_args(k)[0])
+        return names[k]
+    text = " or ".join(name(k) for k in _members(kind))
+    low, high = meta.get("low"), meta.get("high")
+    if low is not None and high is not None:
+        return f"{text} from {low} to {high}"
+    return text + (f" of at least {low}" if low is not None else "") + (f" of at most {high}" if high is not None else "")
+
+
+def _one(kind, value):
+    """value (text from the command line, or a Python value from a file) as `kind`; ValueError if it is none."""
+    text = isinstance(value, str)
+    if typing.get_origin(kind) is typing.Literal:
+        for choice in typing.get_args(kind):
+            if value == choice and type(value) is type(choice) or text and value == str(choice):
+                return choice
+    elif typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)[0]
+        return tuple(_one(inner, v) for v in ((value,) if text else value))
+    elif kind is type(None):
+        if value is None or text and value.lower() in ("none", ""):
+            return None
+    elif kind is bool:
+        if isinstance(value, bool):
+            return value
+        if text and value.lower() in ("true", "1", "yes", "on", "false", "0", "no", "off"):
+            return value.lower() in ("true", "1", "yes", "on")
+    elif kind is int:
+        if isinstance(value, bool):
+            raise ValueError
+        number = float(value) if text and not value.strip().lstrip("+-").replace("_", "").isdigit() else int(value)
+        if number == int(number) and (text or value == number):  # 200e9 is an integer, 0.5 is none
+            return int(number)
+    elif kind is float:
+        if not isinstance(value, bool) and math.isfinite(float(value)):
+            return float(value)
+    elif kind is str and text:
+        return value
+    raise ValueError
+
+
+def _convert(field, kind, value, where):
+    for member in _members(kind):
+        try:
+            result = _one(member, value)
+        except (ValueError, TypeError, OverflowError):
+            continue
+        low, high = field.metadata.get("low"), field.metadata.get("high")
+        if isinstance(result, (int, float)) and not isinstance(result, bool):
+            if low is not None and result < low or high is not None and result > high:
+                break
+        return result
+    raise UserError(f"{where}: {field.name}={value!r}: expected {_expected(kind, field.metadata)}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# command lines and files
+
+def _unknown(name, known, where):
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    return UserError(f"{where}: unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; --help lists the keys"))
+
+
+def read_config_file(path):
+    """The assignments of a config file as a dict. UserError: no such file, or it does not run."""
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else [], 1)
+        raise UserError(f"no config file {path}" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+    try:
+        names = runpy.run_path(str(path))
+    except UserError:
+        raise
+    except Exception as e:
+        line = getattr(e, "lineno", None)
+        raise UserError(f"config file {path} does not run: {type(e).__name__}: {e}" + (f" (line {line})" if line and "line" not in str(e) else "")) from e
+    return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
+
+
+def parse(cls, argv, doc="", most=None):
+    """(an instance of the dataclass cls, the positional arguments that are no config file).
+
+    Positional arguments that end in .py are config files, read in order; --key=value, --key value and a bare
+    --flag come after them, wherever they stand. most: how many other positional arguments are allowed.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    kinds = typing.get_type_hints(cls)
+    values, given, rest = {}, {}, []
+    args = list(argv)
+    if "--help" in args or "-h" in args:
+        print(help_text(cls, doc))
+        raise SystemExit(0)
+    while args:
+        arg = args.pop(0)
+        if arg == "--debug":
+            continue
+        if not arg.startswith("-") or arg == "-":
+            if arg.endswith(".py"):
+                for name, value in read_config_file(arg).items():
+                    if name not in fields:
+                        raise _unknown(name, fields, arg)
+                    values[name] = _convert(fields[name], kinds[name], value, arg)
+            else:
+                rest.append(arg)
+            continue
+        name, equals, value = arg.lstrip("-").partition("=")
+        name = name.replace("-", "_")
+        if not arg.startswith("--") or name not in fields:
+            raise _unknown(name, fields, "command line")
+        field, members = fields[name], _members(kinds[name])
+        if typing.get_origin(kinds[name]) is tuple:
+            value = [value] if equals else []
+            while not equals and args and not args[0].startswith("--"):
+                value.append(args.pop(0))
+            if not value:
+                raise UserError(f"command line: --{name} needs {_expected(kinds[name], field.metadata)}")
+        elif not equals:
+            if field.metadata.get("bare") is not None:
+                value = field.metadata["bare"]
+            elif bool in members:
+                value = args.pop(0) if args and args[0].lower() in ("true", "false") else "true"
+            elif args and not args[0].startswith("--"):
+                value = args.pop(0)
+            else:
+                raise UserError(f"command line: --{name} needs {_expected(kinds[name], field.metadata)}")
+        given[name] = _convert(field, kinds[name], value, "command line")
+    if most is not None and len(rest) > most:
+        raise UserError(f"unexpected argument {rest[most]!r}" + ("; config files end in .py, keys begin with --" if most == 0 else ""))
+    missing = [n for n, f in fields.items() if f.default is MISSING and n not in values and n not in given]
+    if missing:
+        raise UserError(f"--{missing[0]} is needed: {fields[missing[0]].metadata['meaning']}")
+    return cls(**{**values, **given}), rest
+
+
+def help_text(cls, doc=""):
+    kinds = typing.get_type_hints(cls)
+    lines = [(doc or "").strip(), "", "keys:"]
+    for f in dataclasses.fields(cls):
+        default = "" if f.default is MISSING else f" (default {'none' if f.default is None else f.default!r})"
+        lines.append(f"  --{f.name:18} {f.metadata.get('meaning', '')}; {_expected(kinds[f.name], f.metadata)}{default}")
+    lines.append(f"  --{'debug':18} show the traceback of an error")
+    return "\n".join(lines)
+
+
+def run(main):
+    """main(argv), ending as a command should: an error that a person can mend is one line, exit status 1."""
+    try:
+        status = main(sys.argv[1:])
+    except (UserError, OSError, MemoryError) as e:
+        if "--debug" in sys.argv:
+            raise
+        if isinstance(e, BrokenPipeError):  # `| head` closed the pipe: nothing to say
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        message = str(e) if isinstance(e, UserError) else f"{e.strerror or e}: {e.filename}" if isinstance(e, OSError) and e.filename else str(e) or "out of memory"
+        sys.exit("error: " + " ".join(message.split()))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(status)
+
+
+def progress(total, what, unit="it", **kwargs):
+    """The one progress bar: on a terminal it moves, in a log file it writes a line every ten seconds."""
+    return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, smoothing=0.05,
+                mininterval=0.2 if sys.stderr.isatty() else 10, maxinterval=10 if sys.stderr.isatty() else 60, **kwargs)
+
+
+class Log:
+    """log.jsonl of a run: a JSON object a line, each with its step. Opened at `step`, it keeps the lines up to there
+    and drops later ones, so a resumed run leaves no gap and no double step."""
+    def __init__(self, path, step=0):
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if step and path.is_file():
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+                except (ValueError, KeyError):
+                    pass  # a line cut short by a crash
+        tmp = path.with_suffix(".tmp")
+        tmp.write_text("".join(kept))
+        os.replace(tmp, path)
+        self.file = open(path, "a")
+
+    def write(self, values):
+        self.file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}) + "\n")
+        self.file.flush()
+
+
+def read_log(path):
+    """The lines of a log.jsonl as dicts; a last line that a crash cut short is left out."""
+    lines = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            pass
+    return lines
+
+
+class Stop:
+    """`with Stop() as stop`: Ctrl-C and SIGTERM set stop.signal, for the loop to save and leave; a second one ends at once."""
+    def __enter__(self):
+        self.signal = None
+        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _handle(self, number, _):
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+
+    def leave(self, checkpoint, step):
+        """Say how to go on; the exit status of a command that the signal ended."""
+        print(f"\nstopped by {signal.Signals(self.signal).name} at step {step}; saved in {checkpoint}; --resume goes on from there", file=sys.stderr)
+        return 128 + self.signal
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def check_same(before, now, path, free):
+    """UserError if a key other than the free ones differs between a checkpoint's config and the present one."""
+    for name, value in now.items():
+        if name not in free and name in before and before[name] != value:
+            raise UserError(f"{path} was made with {name}={before[name]!r}, now it is {value!r}: take it back, or start another --out_dir")

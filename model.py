@@ -1,0 +1,601 @@
+"""The GPT, and what is inserted between its blocks.
+
+    tokens → embed → blocks 0 … insert_layer-1 → h ─┬────────────────→ interleave → the other blocks → logits
+                                                    └→ concepts → ĉ ─────↑   (h_1, ĉ_1, …, h_T, ĉ_T)
+
+- GPT-2's architecture: learned positions, pre-LayerNorm, GELU-tanh, tied head, biases optional.
+- insert="concept": CoCoMix (arXiv 2502.08524). At insert_layer the model predicts concepts from its hidden
+  state, compresses its prediction to one vector ĉ and mixes it in; mix says how. insert="pause": one learned
+  vector stands where ĉ would (arXiv 2310.02226). insert="none": a plain GPT.
+- Concepts stay sparse, (values, indices) of the k kept: no (B, T, C) mask, no dense compress product.
+- The heads' losses are computed in chunks together with their gradients: no (B, T, V) tensor lives.
+- Generation with a KV cache; concepts can be read off and multiplied on the way (steering).
+
+Shapes: B sequences, T tokens, d = n_embd, V vocabulary, C concepts, N = B·T.
+"""
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from config import UserError
+from data import replacing
+
+
+class TopK(NamedTuple):
+    """The k largest of C numbers a row, kept sparse."""
+    values: torch.Tensor   # (..., k), largest first
+    indices: torch.Tensor  # (..., k) int64
+
+
+class Output(NamedTuple):
+    """What a forward pass gives; None where it was not asked for or does not apply."""
+    logits: torch.Tensor | None = None        # (B, T, V), without targets only
+    loss: torch.Tensor | None = None          # next-token loss, mean over positions, nats
+    concept_loss: torch.Tensor | None = None  # mean over positions, nats
+    concepts: TopK | None = None              # (B, T, concept_k) predicted concepts: logits and ids
+
+
+# ---------------------------------------------------------------------------------------------------
+# Sparse products. S is the (N, C) matrix with values[n, k] at column indices[n, k] and zeros elsewhere.
+
+def sparse_decode(top, weight):
+    """S @ weight: the sum of the kept rows of weight (C, d), each times its value → (..., d)."""
+    return _SparseDecode.apply(top.values.flatten(0, -2), top.indices.flatten(0, -2), weight).view(*top.values.shape[:-1], -1)
+
+
+def gathered_dot(indices, weight, x):
+    """(x @ weight.T) at the given columns alone: indices (N, k), weight (C, d), x (N, d) → (N, k).
+
+    It is the gradient of an embedding bag for its per-sample weights, so the (N, k, d) gather never exists.
+    """
+    with torch.enable_grad():
+        ones = torch.ones(indices.shape, dtype=x.dtype, device=x.device, requires_grad=True)
+        bag = F.embedding_bag(indices, weight.detach().to(x.dtype), mode="sum", per_sample_weights=ones)
+    return torch.autograd.grad(bag, ones, x.detach())[0]
+
+
+def sparse_outer(top, x, n_rows):
+    """S.T @ x: a row for each concept, the sum of the x at which it was kept, each times its value:
+    values, indices (N, k), x (N, d) → (n_rows, d).
+
+    Sorted by concept, each row is an embedding bag over x: no atomics, so the result does not vary.
+    """
+    concept, order = top.indices.flatten().sort(stable=True)
+    starts = torch.searchsorted(concept, torch.arange(n_rows, device=x.device))
+    return F.embedding_bag(order // top.indices.shape[-1], x, starts, mode="sum", per_sample_weights=top.values.to(x.dtype).flatten()[order])
+
+
+class _SparseDecode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, indices, weight):
+        ctx.save_for_backward(values, indices, weight)
+        return F.embedding_bag(indices, weight, mode="sum", per_sample_weights=values.to(weight.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        values, indices, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        return (gathered_dot(indices, weight, grad).to(values.dtype) if ctx.needs_input_grad[0] else None, None,
+                sparse_outer(TopK(values, indices), grad, len(weight)) if ctx.needs_input_grad[2] else None)
+
+
+# ---------------------------------------------------------------------------------------------------
+# A linear layer whose (N, C) output is only looked at: its k largest, a cross-entropy, or both.
+
+def linear_topk(x, weight, bias, k, labels=None):
+    """z = x @ weight.T + bias; (TopK of z, the label loss). The plain formula:
+
+        values, indices = z.topk(k)
+        loss = (z.logsumexp(-1) - z.gather(-1, labels).mean(-1)).mean()    # labels (..., m), each counts 1/m
+
+    x (..., d), weight (C, d), bias (C,) or None. z is made a few rows at a time and its gradient with it, so
+    memory stays at one chunk; the gradient through the kept values is sparse. Without labels the loss is None.
+    """
+    flat = x.flatten(0, -2)
+    grad = torch.is_grad_enabled()
+    values, indices, loss = _LinearTopK.apply(flat, weight, bias, None if labels is None else labels.flatten(0, -2), k, len(weight), grad)
+    shape = *x.shape[:-1], k
+    return TopK(values.view(shape), indices.view(shape)), loss if labels is not None else None
+
+
+def linear_cross_entropy(x, weight, targets, n_valid=None):
+    """F.cross_entropy(x @ weight[:n_valid].T, targets): x (..., d), weight (V, d), targets (...) → scalar.
+
+    Rows of weight from n_valid on are padding: they take no part. Chunked as in `linear_topk`.
+    """
+    return _LinearTopK.apply(x.flatten(0, -2), weight, None, targets.reshape(-1, 1), 0, n_valid or len(weight), torch.is_grad_enabled())[2]
+
+
+class _LinearTopK(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, labels, k, n_valid, grad):
+        N, C = len(x), len(weight)
+        ctx.set_materialize_grads(False)
+        loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+        values, indices = loss.new_empty(N, k), torch.empty(N, k, dtype=torch.long, device=x.device)
+        dense = grad and labels is not None and any(ctx.needs_input_grad[:3])
+        dx, dw, db = (torch.zeros_like(t, dtype=loss.dtype) if dense and t is not None and need else None
+                      for t, need in zip((x, weight, bias), ctx.needs_input_grad))
+        if torch.is_autocast_enabled(x.device.type):
+            low = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(low), weight.to(low)
+        # a chunk of 8 MB stays in a CPU's cache, but 256 rows at least pay for a pass over dw; a GPU wants larger products
+        rows = max(256, (1 << 21 if x.device.type == "cpu" else 1 << 28) // C)
+        with torch.autocast(x.device.type, enabled=False):
+            for i in range(0, N, rows):
+                chunk = slice(i, min(i + rows, N))
+                z = (x[chunk] @ weight.T).to(loss.dtype)
+                if bias is not None:
+                    z += bias
+                if k:
+                    values[chunk], indices[chunk] = z.topk(k)
+                if labels is None:
+                    continue
+                if n_valid < C:
+                    z[:, n_valid:] = -torch.inf
+                y = labels[chunk]
+                largest, at_labels = z.amax(-1, keepdim=True), z.gather(-1, y)
+                e = z.sub_(largest).exp_()
+                total = e.sum(-1, keepdim=True)
+                loss += ((largest + total.log())[:, 0] - at_labels.mean(-1)).sum()
+                if dense:  # d loss / d z = (softmax(z) - 1/m at the m labels) / N; e is softmax × total, so scale rows once
+                    e.scatter_add_(-1, y, (-total / y.shape[1]).expand(y.shape))
+                    scale = 1 / (total * N)
+                    if db is not None:
+                        db += (scale.T @ e)[0]
+                    e = e.to(x.dtype)
+                    if dx is not None:
+                        dx[chunk] = (e @ weight) * scale
+                    if dw is not None:
+                        scaled = (x[chunk] * scale).to(x.dtype)
+                        dw.addmm_(e.T, scaled) if dw.dtype == x.dtype else dw.add_(e.T @ scaled)
+        ctx.save_for_backward(x, weight, values, indices, dx, dw, db)
+        ctx.has_bias = bias is not None
+        ctx.mark_non_differentiable(indices)
+        return values, indices, loss / N
+
+    @staticmethod
+    def backward(ctx, grad_values, _, grad_loss):
+        x, weight, values, indices, dx, dw, db = ctx.saved_tensors
+        dx, dw, db = (None if t is None or grad_loss is None else t * grad_loss for t in (dx, dw, db))
+        if grad_values is not None and grad_values.shape[1]:
+            top = TopK(grad_values, indices)
+            add = lambda total, term: term if total is None else total.add_(term)
+            if ctx.needs_input_grad[0]:
+                dx = add(dx, F.embedding_bag(indices, weight, mode="sum", per_sample_weights=grad_values.to(weight.dtype)))
+            if ctx.needs_input_grad[1]:
+                dw = add(dw, sparse_outer(top, x, len(weight)))
+            if ctx.has_bias and ctx.needs_input_grad[2]:
+                db = add(db, grad_values.new_zeros(len(weight)).index_add_(0, indices.flatten(), grad_values.flatten()))
+        return dx, dw, db, None, None, None, None
+
+
+# ---------------------------------------------------------------------------------------------------
+# The transformer
+
+INSERTS = ("none", "concept", "pause")
+MIXES = ("interleave", "interleave_residual", "add", "none")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+    insert: str = "none"            # what joins the hidden states: none, concept (CoCoMix), pause
+    mix: str = "interleave"         # how: (h_1, ĉ_1, h_2, …); interleave_residual puts h + ĉ for ĉ; add: h + ĉ; none: ĉ is dropped
+    insert_layer: int = 0           # at the input of this block
+    n_concepts: int = 0             # C
+    concept_k: int = 32             # concepts kept before they are compressed
+
+    def __post_init__(self):
+        def check(ok, message):
+            if not ok:
+                raise UserError(message)
+        check(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        check(self.vocab_size <= 1 << 16, f"vocab_size={self.vocab_size} is over 65536: token files are uint16")
+        check(self.insert in INSERTS, f"insert={self.insert!r}: expected one of {', '.join(INSERTS)}")
+        check(self.mix in MIXES, f"mix={self.mix!r}: expected one of {', '.join(MIXES)}")
+        if self.insert != "none":
+            check(0 <= self.insert_layer < self.n_layer, f"insert_layer={self.insert_layer} is outside the stack of {self.n_layer} blocks (0 to {self.n_layer - 1})")
+        if self.insert == "concept":
+            check(1 <= self.concept_k <= self.n_concepts, f"concept_k={self.concept_k} concepts can't be kept of {self.n_concepts}")
+
+    @property
+    def interleaved(self):
+        """Two positions a token from insert_layer on?"""
+        return self.insert != "none" and self.mix.startswith("interleave")
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, self.dropout = config.n_head, config.dropout
+
+    def forward(self, x, read=None, cache=None):
+        B, T, d = x.shape
+        if read is None:
+            q, k, v = self.c_attn(x).split(d, dim=-1)
+        else:  # queries at the read positions only
+            weight, bias = self.c_attn.weight, self.c_attn.bias
+            q = F.linear(x[:, read], weight[:d], None if bias is None else bias[:d])
+            k, v = F.linear(x, weight[d:], None if bias is None else bias[d:]).split(d, dim=-1)
+        q, k, v = (t.view(B, -1, self.n_head, d // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, heads, T, d/heads)
+        past = 0
+        if cache is not None:
+            past = cache.length
+            k, v = cache.append(k, v)
+        mask = None
+        if past or read is not None:  # query i stands at position past + i, and sees the keys up to itself
+            at = torch.arange(past, past + T, device=x.device)
+            mask = (at if read is None else at[read])[:, None] >= torch.arange(past + T, device=x.device)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout if self.training else 0.0)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, read=None, cache=None):
+        """(B, T, d) → (B, T, d), or the positions x[:, read] alone: the others serve as keys only."""
+        x = (x if read is None else x[:, read]) + self.drop(self.attn(self.ln_1(x), read, cache))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class Concepts(nn.Module):
+    """Predict concepts from a hidden state and compress the prediction to one vector: h (B, T, d) → ĉ (B, T, d).
+
+    With μ, σ the mean and unbiased standard deviation of h over its features and b one learned vector:
+
+        z = M((h − μ) / (σ + 1e-5) − b)                       concept logits, (B, T, C)
+        L = logsumexp(z) − mean over the labels i of z_i      the concept loss: cross-entropy, each label 1/attr_k
+        ĉ = (W TopK(z) + b_W + b) · σ + μ                     TopK keeps values as they are, no ReLU
+
+    The paper, sections 2.2 and 2.3, has z = M(h) and ĉ = W TopK(z) + b; this form is the official code's.
+    """
+    def __init__(self, config):
+        super().__init__()
+        self.k = config.concept_k
+        self.predict = nn.Linear(config.n_embd, config.n_concepts)                       # M, b_M
+        self.compress = nn.Parameter(torch.empty(config.n_concepts, config.n_embd))      # W, a row a concept: W_:,i
+        self.compress_bias = nn.Parameter(torch.zeros(config.n_embd))                    # b_W
+        self.bias = nn.Parameter(torch.zeros(config.n_embd))                             # b
+        nn.init.normal_(self.compress, std=0.02)
+
+    def normalize(self, h):
+        mean, std = h.mean(-1, keepdim=True), h.std(-1, keepdim=True)
+        return (h - mean) / (std + 1e-5) - self.bias, mean, std
+
+    def logits(self, h):
+        """z, all C concept logits."""
+        return self.predict(self.normalize(h)[0])
+
+    def forward(self, h, labels=None, scale=None):
+        """(ĉ, the concepts kept, the concept loss or None). scale: a factor for each z_i, (C,) or (B, 1, C):
+        steering (section 3.3); it leaves the loss out."""
+        normal, mean, std = self.normalize(h)
+        if scale is None:
+            top, loss = linear_topk(normal, self.predict.weight, self.predict.bias, self.k, labels)
+        else:
+            top, loss = TopK(*(self.predict(normal) * scale).topk(self.k)), None
+        c = (sparse_decode(top, self.compress) + self.compress_bias + self.bias) * std + mean
+        return c, top, loss
+
+
+class Pause(nn.Module):
+    """One learned vector for every position (arXiv 2310.02226), where ĉ would stand."""
+    def __init__(self, config):
+        super().__init__()
+        self.vector = nn.Parameter(torch.empty(config.n_embd))
+        nn.init.normal_(self.vector, std=0.02)
+
+    def forward(self, h, labels=None, scale=None):
+        return self.vector.expand_as(h), None, None
+
+
+def mix(h, c, how):
+    """Bring c (B, T, d) into the hidden states h (B, T, d): (B, 2T, d) interleaved, else (B, T, d)."""
+    if how == "none":
+        return h
+    if how == "add":
+        return h + c
+    return torch.stack((h, h + c if how == "interleave_residual" else c), dim=2).flatten(1, 2)
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        padded = -(-config.vocab_size // 64) * 64  # to a multiple of 64: nicer tiles
+        self.wte = nn.Embedding(padded, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        for name, p in self.named_parameters():
+            if p.dim() >= 2:  # GPT-2's: the projections into the residual stream scaled by their number
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+        self.inserted = None  # made last, so that the rest starts the same for every method
+        if config.insert != "none":
+            self.inserted = {"concept": Concepts, "pause": Pause}[config.insert](config)
+            if config.insert == "concept":
+                nn.init.normal_(self.inserted.predict.weight, std=0.02)
+                nn.init.zeros_(self.inserted.predict.bias)
+
+    # -- forward ------------------------------------------------------------------------------------
+
+    def embed(self, idx, past=0):
+        """Tokens (B, T) → (B, T, d), the first at position `past`."""
+        return self.drop(self.wte(idx) + self.wpe.weight[past:past + idx.shape[1]])
+
+    def blocks(self, x, start, stop, labels=None, scale=None, cache=None):
+        """Hidden states at the input of block `start` → those after block stop-1, and what `inserted` gave.
+
+        (B, T, d) → (B, T, d); where the last block has run over interleaved positions, it gives the T concept
+        positions alone, since nothing reads the others (they still serve as its keys).
+        """
+        config, concepts, concept_loss = self.config, None, None
+        for i in range(start, stop):
+            if self.inserted is not None and i == config.insert_layer:
+                c, concepts, concept_loss = self.inserted(x, labels, scale)
+                x = mix(x, c, config.mix)  # (B, 2T, d) if interleaved
+            read = slice(1, None, 2) if config.interleaved and i == config.n_layer - 1 else None
+            x = self.h[i](x, read, None if cache is None else cache[i])
+        return x, concepts, concept_loss
+
+    def forward(self, idx, targets=None, labels=None, scale=None):
+        """Tokens (B, T) → Output: the losses where there are targets (B, T), else the logits (B, T, V).
+
+        labels (B, T, attr_k): the concepts to predict. scale: factors for the concept logits (steering).
+        """
+        if idx.shape[1] > self.config.block_size:
+            raise UserError(f"{idx.shape[1]} tokens are more than block_size={self.config.block_size}")
+        x, concepts, concept_loss = self.blocks(self.embed(idx), 0, self.config.n_layer, labels, scale)
+        if targets is None:
+            return Output(self.head(x), None, concept_loss, concepts)
+        loss = linear_cross_entropy(self.ln_f(x), self.wte.weight, targets, self.config.vocab_size)
+        return Output(None, loss, concept_loss, concepts)
+
+    def head(self, x):
+        """Hidden states after the last block (…, d) → logits (…, V), padding left out."""
+        return self.ln_f(x) @ self.wte.weight[:self.config.vocab_size].T
+
+    # -- counting -----------------------------------------------------------------------------------
+
+    def num_params(self, active=False):
+        """Parameters. active: of the compress matrix only the concept_k rows that a position uses count."""
+        total = sum(p.numel() for p in self.parameters())
+        if active and self.config.insert == "concept":
+            total -= (self.config.n_concepts - self.config.concept_k) * self.config.n_embd
+        return total
+
+    def flops_per_token(self, backward=True):
+        """Floating-point operations a token needs at the least, a multiply-add as two.
+
+        Matrix products and attention (causal, so half of the square); interleaved positions counted as two,
+        the last block's queries and MLP at one; the concept head, the kept rows of the compress matrix and
+        the tied head included. backward: forward and twice as much again.
+        """
+        c, d = self.config, self.config.n_embd
+        flops = 2 * d * c.vocab_size
+        for i in range(c.n_layer):
+            positions = 2 if c.interleaved and i >= c.insert_layer else 1
+            queries = 1 if i == c.n_layer - 1 else positions
+            flops += 2 * d * d * (2 * positions + 10 * queries)  # keys and values; queries, projection and MLP
+            flops += queries * 4 * d * positions * c.block_size // 2
+        if c.insert == "concept":
+            flops += 2 * d * c.n_concepts + (2 * d * c.concept_k if c.mix != "none" else 0)
+        return flops * (3 if backward else 1)
+
+    # -- generation ---------------------------------------------------------------------------------
+
+    def new_cache(self, batch):
+        c, p = self.config, self.wte.weight
+        return [LayerCache(batch, c.n_head, c.block_size * (2 if c.interleaved and i >= c.insert_layer else 1), c.n_embd // c.n_head, p) for i in range(c.n_layer)]
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, scale=None, generator=None, use_cache=True):
+        """Continue tokens idx (B, T): (tokens (B, T + max_new_tokens), concepts kept at each new token).
+
+        temperature 0 takes the likeliest token; top_k keeps that many. scale: see `Concepts.forward`. Past
+        block_size both ways, with the cache and without, go on from the last block_size // 2 tokens. The
+        concepts are a TopK (B, max_new_tokens, concept_k), those from which the token was predicted, or None.
+        """
+        c, B = self.config, len(idx)
+        start, cache, seen = 0, None, []
+        for _ in range(max_new_tokens):
+            if idx.shape[1] - start > c.block_size:
+                start, cache = idx.shape[1] - c.block_size // 2, None
+            if not use_cache or cache is None:
+                cache, new, past = self.new_cache(B) if use_cache else None, idx[:, start:], 0
+            else:
+                new, past = idx[:, -1:], idx.shape[1] - 1 - start
+            x, concepts, _ = self.blocks(self.embed(new, past), 0, c.n_layer, scale=scale, cache=cache)
+            logits = self.head(x[:, -1]).float()
+            seen.append(None if concepts is None else TopK(concepts.values[:, -1], concepts.indices[:, -1]))
+            if top_k is not None and top_k < c.vocab_size:
+                logits[logits < logits.topk(top_k).values[:, -1:]] = -torch.inf
+            if temperature == 0:
+                token = logits.argmax(-1, keepdim=True)
+            else:
+                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            idx = torch.cat((idx, token), dim=1)
+        concepts = TopK(*(torch.stack(t, dim=1) for t in zip(*seen))) if seen and seen[0] is not None else None
+        return idx, concepts
+
+
+class LayerCache:
+    """The keys and values of one block, (B, heads, positions, d/heads), filled from the left."""
+    def __init__(self, batch, n_head, positions, width, like):
+        self.k = torch.empty(batch, n_head, positions, width, dtype=like.dtype, device=like.device)
+        self.v = torch.empty_like(self.k)
+        self.length = 0
+
+    def append(self, k, v):
+        end = self.length + k.shape[2]
+        self.k[:, :, self.length:end], self.v[:, :, self.length:end] = k, v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checkpoints and devices
+
+def save_checkpoint(path, **content):
+    """Write a checkpoint whole or not at all: a temporary file, fsynced, renamed."""
+    with replacing(path) as file:
+        torch.save(content, file)
+
+
+def find_checkpoint(run=None):
+    """The path of a run's checkpoint: a folder or a file; without one, the newest under out/ (said on screen)."""
+    if run is None:
+        found = [p for p in Path("out").rglob("ckpt.pt") if p.parent.name != "sae"]
+        if not found:
+            raise UserError("no checkpoint under out/; train one: python train.py config/stdlib_cocomix.py, or make demo")
+        path = max(found, key=os.path.getmtime)
+        print(f"using the newest checkpoint, {path}")
+        return path
+    path = Path(run) / "ckpt.pt" if Path(run).is_dir() else Path(run)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}; train it first (python train.py config/…), or name another run under out/")
+    return path
+
+
+def load_checkpoint(run=None, needs=("model_config", "model")):
+    """A checkpoint as a dict of tensors and plain values, on the CPU. UserError: none there, damaged, not one of ours."""
+    path = find_checkpoint(run)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as e:
+        raise UserError(f"{path} can't be read as a checkpoint ({type(e).__name__}): cut short, damaged, or not made by train.py") from e
+    if not isinstance(content, dict) or not all(key in content for key in needs):
+        raise UserError(f"{path} is not a checkpoint of this kind: {', '.join(needs)} expected in it")
+    return content
+
+
+def load_model(content, device="cpu"):
+    """The GPT of a checkpoint's content, in evaluation mode."""
+    known = {f.name for f in fields(ModelConfig)}
+    model = GPT(ModelConfig(**{k: v for k, v in content["model_config"].items() if k in known}))
+    try:
+        model.load_state_dict(content["model"])
+    except RuntimeError as e:
+        raise UserError(f"the checkpoint's weights don't fit its model config: {str(e).splitlines()[-1].strip()}") from e
+    return model.to(device).eval()
+
+
+def model_checkpoint(model, **more):
+    """What save_checkpoint needs of a model."""
+    return dict(model_config=asdict(model.config), model=model.state_dict(), **more)
+
+
+def pick_device(name="auto"):
+    """torch.device of a name; "auto" takes CUDA, else MPS, else the CPU. UserError: it isn't there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"device={name!r} is not available here ({str(e).splitlines()[0]})") from e
+    return device
+
+
+def load_gpt(name, device="cpu"):
+    """(a frozen GPT, its tokenizer's name): "gpt2" (124M, from the hub), a folder or file of GPT-2 weights in the
+    hub's layout (pytorch_model.bin, model.safetensors), or a checkpoint of ours (a run's folder or its ckpt.pt)."""
+    folder = Path(name)
+    weights = next((folder / f for f in ("pytorch_model.bin", "model.safetensors") if (folder / f).is_file()), folder)
+    if name == "gpt2" and not folder.exists():
+        weights = Path(_from_hub("openai-community/gpt2", "pytorch_model.bin"))
+    if weights.name == "ckpt.pt" or weights.suffix not in (".bin", ".safetensors"):
+        content = load_checkpoint(weights)
+        model, tokenizer = load_model(content, device), content["tokenizer"]
+    else:
+        model, tokenizer = _gpt2(_read_weights(weights)).to(device).eval(), "gpt2"
+    return model.requires_grad_(False), tokenizer
+
+
+def _from_hub(repo, file):
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as e:
+        raise UserError(f"fetching {repo} needs huggingface_hub: pip install datasets") from e
+    try:
+        return hf_hub_download(repo, file)
+    except Exception as e:  # offline it raises one of many kinds
+        raise UserError(f"{repo} can't be fetched ({type(e).__name__}); with no network, bring its {file} here and name its folder: --concept_model=FOLDER") from e
+
+
+def _read_weights(path):
+    if not path.is_file():
+        raise UserError(f"no weights at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as e:
+        raise UserError(f"{path} needs the safetensors package (pip install safetensors), or bring pytorch_model.bin instead") from e
+    except Exception as e:
+        raise UserError(f"{path} can't be read as weights ({type(e).__name__}): cut short or damaged") from e
+
+
+def gpt2_state(state):
+    """A state dict in GPT-2's naming → ours: the prefix dropped, Conv1D weights (in, out) transposed, mask buffers
+    and the tied head left out, the embedding padded to a multiple of 64 rows."""
+    out = {}
+    for name, t in state.items():
+        name = name.removeprefix("transformer.")
+        if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
+            continue
+        conv = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        out[name] = t.T.contiguous() if conv else t
+    out["wte.weight"] = F.pad(out["wte.weight"], (0, 0, 0, -len(out["wte.weight"]) % 64))
+    return out
+
+
+def _gpt2(state):
+    """GPT-2 of any size, its shape read off the weights (heads of 64 features, as all of GPT-2's are)."""
+    try:
+        vocab_size, n_embd = next(t.shape for n, t in state.items() if n.endswith("wte.weight"))
+        state = gpt2_state(state)
+        n_layer = 1 + max(int(n.split(".")[1]) for n in state if n.startswith("h."))
+        model = GPT(ModelConfig(block_size=len(state["wpe.weight"]), vocab_size=vocab_size, n_layer=n_layer, n_head=n_embd // 64, n_embd=n_embd))
+        model.load_state_dict(state)
+        return model
+    except (KeyError, RuntimeError, StopIteration, ValueError) as e:
+        raise UserError(f"these are not GPT-2's weights ({type(e).__name__}: {str(e).splitlines()[-1].strip() if str(e) else 'no wte.weight'})") from e

@@ -1,0 +1,399 @@
+"""The TopK sparse autoencoder: a hidden state as a sum of a few of many concept directions.
+
+    python sae.py config/stdlib_sae.py        # train one on the hidden states of a concept model
+
+"Scaling and evaluating sparse autoencoders", arXiv 2406.04093. With μ, σ a hidden state's mean and unbiased
+standard deviation over its features:
+
+    x = (h − μ) / (σ + 1e-5)
+    c = ReLU(TopK(W_enc (x − b_pre) + b_lat))          concepts, (…, C), k of them not zero: kept as a TopK
+    ĥ = (W_dec c + b_pre) · σ + μ                      W_dec's directions at unit norm
+
+Files are in the layout of the published SAEs (openai/sparse_autoencoder): those load here, ours load there.
+Beside sae.pt a run leaves sae.json (what it was trained on, and how well it does), log.jsonl and ckpt.pt.
+"""
+import json
+import math
+import os
+import sys
+import time
+import urllib.request
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import config
+import data
+from config import UserError, key
+from model import (TopK, linear_cross_entropy, linear_topk, load_checkpoint, load_gpt, pick_device, save_checkpoint, sparse_decode)
+
+PUBLISHED = "https://openaipublic.blob.core.windows.net/sparse-autoencoder/gpt2-small/resid_post_mlp_v5_{size}/autoencoders/{layer}.pt"
+
+
+def normalize(h):
+    """(h − μ) / (σ + 1e-5), μ, σ: a LayerNorm without gain that keeps what it removed. h (…, d); μ, σ (…, 1)."""
+    mean, std = h.mean(-1, keepdim=True), h.std(-1, keepdim=True)
+    return (h - mean) / (std + 1e-5), mean, std
+
+
+class SAE(nn.Module):
+    """n_concepts = C latents over hidden states of width d, k of them active. See the top of the file."""
+    def __init__(self, d, n_concepts, k):
+        super().__init__()
+        self.k = k
+        self.pre_bias = nn.Parameter(torch.zeros(d))              # b_pre
+        self.latent_bias = nn.Parameter(torch.zeros(n_concepts))  # b_lat
+        self.encoder = nn.Parameter(torch.randn(n_concepts, d) / math.sqrt(d))  # W_enc
+        self.decoder = nn.Parameter(F.normalize(self.encoder.detach(), dim=1))  # W_dec transposed: a row a direction
+        self.register_buffer("last_active", torch.zeros(n_concepts, dtype=torch.long))  # tokens since it last fired
+        self.register_buffer("frequency", torch.zeros(n_concepts))    # share of tokens on which it fires
+        self.register_buffer("mean_square", torch.zeros(n_concepts))  # of its activation
+
+    def encode(self, x):
+        """Normalised hidden states (…, d) → the active concepts, TopK (…, k); values ≥ 0."""
+        top, _ = linear_topk(x - self.pre_bias, self.encoder, self.latent_bias, self.k)
+        return TopK(top.values.relu(), top.indices)
+
+    def preactivations(self, x):
+        """c_pre of all C concepts, before TopK: (…, d) → (…, C)."""
+        return F.linear(x - self.pre_bias, self.encoder, self.latent_bias)
+
+    def decode(self, top):
+        """Concepts → normalised hidden states, TopK (…, k) → (…, d)."""
+        return sparse_decode(top, self.decoder) + self.pre_bias
+
+    def forward(self, h):
+        """Hidden states (…, d) → their reconstruction (…, d) and the active concepts."""
+        x, mean, std = normalize(h)
+        top = self.encode(x)
+        return self.decode(top) * std + mean, top
+
+    def flops_per_token(self):
+        """Operations to encode a token: the encoder's product; the rest is smaller by C / k."""
+        return 2 * self.encoder.numel()
+
+    # -- files ----------------------------------------------------------------------------------------
+
+    def published(self):
+        """The state dict of the published layout."""
+        return {"pre_bias": self.pre_bias.detach(), "encoder.weight": self.encoder.detach(), "latent_bias": self.latent_bias.detach(),
+                "decoder.weight": self.decoder.detach().T.contiguous(), "stats_last_nonzero": self.last_active,
+                "latents_activation_frequency": self.frequency, "latents_mean_square": self.mean_square,
+                "activation": "TopK", "activation_state_dict": {"k": self.k, "postact_fn": "ReLU"}}
+
+    @staticmethod
+    def from_published(state, path="the file"):
+        """An SAE from a state dict of the published layout. UserError: not one, or of a kind not supported here."""
+        try:
+            activation, settings = state["activation"], dict(state["activation_state_dict"])
+            (n_concepts, d), k = state["encoder.weight"].shape, int(settings["k"])
+            if activation != "TopK" or settings.get("postact_fn", "ReLU") != "ReLU":
+                raise UserError(f"{path} holds a {activation} autoencoder with {settings.get('postact_fn')}; only TopK with ReLU is supported")
+            sae = SAE(d, n_concepts, k)
+            sae.load_state_dict({"pre_bias": state["pre_bias"], "latent_bias": state["latent_bias"], "encoder": state["encoder.weight"],
+                                 "decoder": state["decoder.weight"].T, "last_active": state["stats_last_nonzero"],
+                                 "frequency": state["latents_activation_frequency"], "mean_square": state["latents_mean_square"]})
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+            raise UserError(f"{path} is not an SAE in the published layout ({type(e).__name__}: {str(e).splitlines()[0]})") from e
+        if not 1 <= k <= n_concepts:
+            raise UserError(f"{path}: k={k} of {n_concepts} concepts can't be")
+        return sae
+
+
+def load_sae(name, layer, d, device="cpu"):
+    """A frozen SAE: "openai" (published for GPT-2 124M, 32 768 concepts, the given layer), "openai_128k", the path of
+    a .pt in the published layout, or the folder of a run of this script.
+
+    d: the width its hidden states must have. UserError: missing, damaged, of another width or another layer.
+    """
+    if name in ("openai", "openai_128k"):
+        path = download(PUBLISHED.format(size=name.removeprefix("openai").lstrip("_") or "32k", layer=layer), f"sae-{name}-layer{layer}.pt")
+    else:
+        path = Path(name) / "sae.pt" if Path(name).is_dir() else Path(name)
+        if not path.is_file():
+            raise UserError(f"no SAE at {path}; train one: python sae.py config/stdlib_sae.py, or use --sae=openai for GPT-2")
+        info = read_info(path)
+        if info and info["concept_layer"] != layer:
+            raise UserError(f"{path} was trained on layer {info['concept_layer']}, not on concept_layer={layer}; set --concept_layer={info['concept_layer']}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as e:
+        raise UserError(f"{path} can't be read as an SAE ({type(e).__name__}): cut short, damaged, or not one") from e
+    sae = SAE.from_published(state, path)
+    if sae.encoder.shape[1] != d:
+        raise UserError(f"{path} is for hidden states of width {sae.encoder.shape[1]}, but the concept model's have {d}; train one: python sae.py --concept_model=…")
+    return sae.to(device).eval().requires_grad_(False)
+
+
+def read_info(path):
+    """The sae.json beside an SAE of ours as a dict; {} where there is none (a published file)."""
+    path = Path(path).with_suffix(".json")
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as e:
+        raise UserError(f"{path} is damaged; train the SAE again") from e
+
+
+def download(url, name):
+    """Fetch url to the cache folder ($COCOMIX_CACHE, else ~/.cache/cocomix) unless it is there; its path.
+    It lands whole or not at all. UserError: no network, with the place to put the file by hand."""
+    path = Path(os.environ.get("COCOMIX_CACHE", Path.home() / ".cache" / "cocomix")) / name
+    if path.is_file():
+        return path
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer, data.replacing(path) as file:
+            size = int(answer.headers.get("Content-Length") or 0)
+            with config.progress(size or None, name, "B", unit_scale=True) as bar:
+                while piece := answer.read(1 << 20):
+                    file.write(piece)
+                    bar.update(len(piece))
+            if size and file.tell() != size:
+                raise OSError(f"{file.tell()} of {size} bytes came")
+    except (OSError, ValueError) as e:
+        raise UserError(f"{url} can't be fetched ({e}); with no network, bring the file here by hand as {path}") from e
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training
+
+@dataclass(frozen=True)
+class Config:
+    concept_model: str = key("out/stdlib/gpt", "the GPT whose hidden states are encoded: a run, GPT-2 weights, or gpt2")
+    concept_layer: int = key(5, "after this block (from 0)", low=0)
+    dataset: str = key("stdlib", "a name under data/ or a folder with train.bin, val.bin, meta.json")
+    out_dir: str = key("out/sae", "where sae.pt, sae.json, log.jsonl and ckpt.pt go")
+    n_concepts: int = key(32768, "C, latents of the SAE", low=1)
+    k: int = key(32, "latents kept by TopK", low=1)
+    k_aux: int = key(256, "dead latents that the auxiliary loss revives at once; 0 turns it off", low=0)
+    aux_weight: float = key(1 / 32, "weight of the auxiliary loss", low=0)
+    dead_tokens: int | None = key(None, "a latent is dead after so many tokens without firing (none: 10M, or 5% of a shorter run)", low=1)
+    max_tokens: int = key(100_000_000, "tokens to train on", low=1)
+    batch_size: int = key(131072, "tokens an optimizer step", low=2)
+    buffer: int = key(8, "batches of hidden states that are shuffled together", low=1)
+    block_size: int | None = key(None, "context of the concept model (none: its block_size)", low=1)
+    learning_rate: float = key(1e-4, "of Adam, constant", low=0)
+    log_interval: int = key(10, "steps between two lines of the log", low=1)
+    save_interval: int = key(500, "steps between two checkpoints", low=1)
+    eval_tokens: int = key(65536, "tokens of val for the report at the end", low=1)
+    device: str = key("auto", "cpu, cuda, cuda:1, mps; auto takes the fastest there is")
+    seed: int = key(1337, "of the initialisation and the data order", low=0)
+    resume: bool = key(False, "go on from out_dir's checkpoint, if there is one")
+
+
+class HiddenStates:
+    """Shuffled, normalised hidden states of a concept model, a pure function of (seed, step).
+
+    Blocks of tokens are drawn as in training; the states of `buffer` batches are shuffled together.
+    """
+    def __init__(self, gpt, layer, batches, batch_size, buffer, seed, device):
+        self.gpt, self.layer, self.batches, self.batch_size, self.buffer, self.seed, self.device = gpt, layer, batches, batch_size, buffer, seed, device
+        self._round = None
+
+    def __getitem__(self, step):
+        number = step // self.buffer
+        if self._round != number:
+            rows = self.batches.batch_size  # blocks at once through the concept model
+            per_round = -(-self.buffer * self.batch_size // (rows * self.batches.block_size))
+            states = []
+            for i in range(number * per_round, (number + 1) * per_round):
+                h = hidden_states(self.gpt, self.batches[i][0].to(self.device), self.layer)
+                states.append(normalize(h)[0].flatten(0, 1).float())
+            states = torch.cat(states)
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+            self._states = states[torch.randperm(len(states), generator=generator).to(self.device)]
+            self._round = number
+        first = step % self.buffer * self.batch_size
+        return self._states[first:first + self.batch_size]
+
+
+@torch.no_grad()
+def hidden_states(gpt, idx, layer):
+    """The residual stream after block `layer`: tokens (B, T) → (B, T, d)."""
+    with torch.autocast(idx.device.type, dtype=torch.bfloat16, enabled=idx.device.type == "cuda"):
+        return gpt.blocks(gpt.embed(idx), 0, layer + 1)[0]
+
+
+def geometric_median(x, steps=100):
+    """The point with the least summed distance to the rows of x (N, d), by Weiszfeld's iteration → (d,)."""
+    point = x.mean(0)
+    for _ in range(steps):
+        weight = 1 / (x - point).norm(dim=1).clamp_min(1e-8)
+        new = (weight[:, None] * x).sum(0) / weight.sum()
+        if (new - point).norm() < 1e-6 * (1 + point.norm()):
+            return new
+        point = new
+    return point
+
+
+def initialize(sae, x, generator):
+    """b_pre at the geometric median of a sample x (N, d); decoder = encoder's directions at unit norm; the encoder
+    rescaled so that random unit vectors come back with norm 1."""
+    with torch.no_grad():
+        sae.pre_bias.copy_(geometric_median(x))
+        sae.encoder.copy_(torch.randn(sae.encoder.shape, generator=generator) / math.sqrt(x.shape[1]))
+        sae.decoder.copy_(F.normalize(sae.encoder, dim=1))
+        unit = F.normalize(torch.randn(256, x.shape[1], generator=generator), dim=1).to(x.device)
+        back = sae.decode(sae.encode(unit + sae.pre_bias)) - sae.pre_bias
+        sae.encoder.div_(back.norm(dim=1).mean())
+
+
+def variance_share(error, x):
+    """Mean squared error over the variance of x, both (N, d): FVU, the fraction of variance unexplained."""
+    return error.pow(2).mean() / (x - x.mean(0)).pow(2).mean()
+
+
+def losses(sae, x, dead, k_aux):
+    """(FVU of x, AuxK, the concepts of x). x (N, d) normalised; dead (C,) bool.
+
+    AuxK: the residual rebuilt from the k_aux largest dead latents, its squared error over the residual's
+    variance; 0 where nothing is dead (arXiv 2406.04093, appendix A.2).
+    """
+    top = sae.encode(x)
+    residual = x - sae.decode(top)
+    fvu, aux = variance_share(residual, x), x.new_zeros(())
+    where = dead.nonzero()[:, 0]
+    if k_aux and len(where):
+        revived, _ = linear_topk(x - sae.pre_bias, sae.encoder[where], sae.latent_bias[where], min(k_aux, len(where)))
+        rebuilt = sparse_decode(TopK(revived.values.relu(), where[revived.indices]), sae.decoder)
+        target = residual.detach()
+        aux = variance_share(target - rebuilt, target).nan_to_num(0.0)
+    return fvu, aux, top
+
+
+@torch.no_grad()
+def project_gradient_(sae):
+    """Remove the part of the decoder's gradient that would only change a direction's length."""
+    g, w = sae.decoder.grad, sae.decoder
+    g.sub_((g * w).sum(1, keepdim=True) * w)
+
+
+@torch.no_grad()
+def report(sae, gpt, layer, tokens, block_size, device, dead_tokens):
+    """How well the SAE does on held-out tokens: FVU and L0 (active concepts a token), the share of dead latents, and
+    the model's loss plain, with the reconstruction spliced in, and with zeros instead (nats)."""
+    sums, count, error, active = dict(plain=0.0, spliced=0.0, zeros=0.0), 0, 0.0, 0.0
+    first = second = 0.0
+    for x, y in data.sequential(tokens, block_size, 8):
+        x, y = x.to(device), y.to(device)
+        h = hidden_states(gpt, x, layer).float()
+        back, top = sae(h)
+        normal, mean, std = normalize(h)
+        error += ((normal - (back - mean) / std).double() ** 2).sum()
+        first, second = first + normal.double().sum((0, 1)), second + (normal.double() ** 2).sum()
+        active += (top.values > 0).sum()
+        for name, state in (("plain", h), ("spliced", back), ("zeros", torch.zeros_like(h))):
+            end = gpt.blocks(state, layer + 1, gpt.config.n_layer)[0]
+            sums[name] += linear_cross_entropy(gpt.ln_f(end), gpt.wte.weight, y, gpt.config.vocab_size).item() * y.numel()
+        count += y.numel()
+    loss = {name: total / count for name, total in sums.items()}
+    return dict(fvu=(error / (second - (first ** 2).sum() / count)).item(), l0=(active / count).item(),
+                dead_share=(sae.last_active >= dead_tokens).double().mean().item(),
+                **{f"loss_{name}": value for name, value in loss.items()},
+                loss_recovered=(loss["zeros"] - loss["spliced"]) / (loss["zeros"] - loss["plain"]))
+
+
+def main(argv):
+    cfg, _ = config.parse(Config, argv, __doc__, most=0)
+    device, out = pick_device(cfg.device), Path(cfg.out_dir)
+    if cfg.k > cfg.n_concepts:
+        raise UserError(f"k={cfg.k} latents can't be kept of n_concepts={cfg.n_concepts}")
+    gpt, tokenizer = load_gpt(cfg.concept_model, device)
+    check_layer(gpt, cfg.concept_layer)
+    meta = data.load_meta(cfg.dataset)
+    if meta["tokenizer"] != tokenizer:
+        raise UserError(f"dataset {cfg.dataset!r} is in tokens of {meta['tokenizer']!r}, the concept model {cfg.concept_model} reads {tokenizer!r}")
+    block_size = cfg.block_size or gpt.config.block_size
+    if block_size > gpt.config.block_size:
+        raise UserError(f"block_size={block_size} is over the concept model's {gpt.config.block_size}")
+    batches = data.Batches(data.load_tokens(cfg.dataset, "train"), block_size, max(1, 8192 // block_size), gpt.config.vocab_size, cfg.seed)
+    steps = max(1, cfg.max_tokens // cfg.batch_size)
+    dead_tokens = cfg.dead_tokens or min(10_000_000, steps * cfg.batch_size // 20)
+    states = HiddenStates(gpt, cfg.concept_layer, batches, cfg.batch_size, cfg.buffer, cfg.seed, device)
+
+    d = gpt.config.n_embd
+    sae, step, seconds = SAE(d, cfg.n_concepts, cfg.k).to(device), 0, 0.0
+    # its own kernel where there is one; eps and betas as published
+    optimizer = torch.optim.Adam(sae.parameters(), lr=cfg.learning_rate, eps=6.25e-10, fused=device.type in ("cpu", "cuda"))
+    checkpoint, log_path = out / "ckpt.pt", out / "log.jsonl"
+    if checkpoint.is_file() and not cfg.resume:
+        raise UserError(f"{out} holds an SAE run already; --resume goes on with it, --out_dir=… starts another")
+    if checkpoint.is_file():
+        content = load_checkpoint(checkpoint, ("sae_config", "sae", "optimizer", "step"))
+        config.check_same(content["sae_config"], asdict(cfg), checkpoint, free=("out_dir", "log_interval", "save_interval", "device", "resume"))
+        sae.load_state_dict(content["sae"])
+        optimizer.load_state_dict(content["optimizer"])
+        step, seconds = content["step"], content["seconds"]
+        if step >= steps and (out / "sae.pt").is_file():
+            print(f"{out}: already trained ({step} steps); {summary(read_info(out / 'sae.pt'))}")
+            return
+    else:
+        initialize(sae, states[0][:32768], torch.Generator().manual_seed(cfg.seed))
+    log = config.Log(log_path, step)
+
+    def save():
+        save_checkpoint(checkpoint, sae_config=asdict(cfg), sae=sae.state_dict(), optimizer=optimizer.state_dict(), step=step, seconds=seconds)
+
+    with config.Stop() as stop, config.progress(steps * cfg.batch_size, "SAE", "tok", initial=step * cfg.batch_size, unit_scale=True) as bar:
+        started = time.perf_counter() - seconds
+        while step < steps:
+            x = states[step]
+            fvu, aux, top = losses(sae, x, sae.last_active >= dead_tokens, cfg.k_aux)
+            optimizer.zero_grad(set_to_none=True)
+            (fvu + cfg.aux_weight * aux).backward()
+            project_gradient_(sae)
+            optimizer.step()
+            with torch.no_grad():
+                sae.decoder.div_(sae.decoder.norm(dim=1, keepdim=True))
+                value, index = top.values.flatten(), top.indices.flatten()
+                fired = torch.zeros_like(sae.frequency).index_add_(0, index, (value > 1e-3).float())
+                sae.last_active.add_(len(x)).masked_fill_(fired > 0, 0)
+                rate = max(0.01, 1 / (step + 1))  # running means over about the last hundred steps
+                sae.frequency.lerp_(fired / len(x), rate)
+                sae.mean_square.lerp_(torch.zeros_like(fired).index_add_(0, index, value ** 2) / len(x), rate)
+            step += 1
+            bar.update(len(x))
+            if step % cfg.log_interval == 0 or step == steps:
+                seconds = time.perf_counter() - started
+                line = dict(step=step, tokens=step * cfg.batch_size, fvu=fvu.item(), aux=aux.item(), l0=(top.values > 0).float().sum(-1).mean().item(),
+                            dead_share=(sae.last_active >= dead_tokens).float().mean().item(), seconds=seconds)
+                if not math.isfinite(line["fvu"] + line["aux"]):
+                    raise UserError(f"the SAE's loss is {line['fvu']} at step {step}; a lower learning_rate than {cfg.learning_rate} may help; the last checkpoint is {checkpoint}")
+                log.write(line)
+                bar.set_postfix_str(f"FVU {line['fvu']:.3f} dead {line['dead_share']:.1%}")
+            if step % cfg.save_interval == 0 or step == steps or stop.signal:
+                seconds = time.perf_counter() - started
+                save()
+            if stop.signal:
+                return stop.leave(checkpoint, step)
+    val = data.load_tokens(cfg.dataset, "val")[:cfg.eval_tokens + 1]
+    info = dict(concept_model=cfg.concept_model, concept_layer=cfg.concept_layer, dataset=cfg.dataset, n_concepts=cfg.n_concepts, k=cfg.k,
+                tokens=steps * cfg.batch_size, seconds=round(seconds, 1), dead_tokens=dead_tokens,
+                **report(sae, gpt, cfg.concept_layer, val, block_size, device, dead_tokens))
+    with data.replacing(out / "sae.pt") as file:
+        torch.save({k: v.cpu() if torch.is_tensor(v) else v for k, v in sae.published().items()}, file)
+    with data.replacing(out / "sae.json") as file:
+        file.write(json.dumps(info, indent=1).encode() + b"\n")
+    print(f"{out}: {summary(info)}")
+
+
+def check_layer(gpt, layer):
+    """UserError if the residual stream after block `layer` can't be read as one state a token."""
+    if not 0 <= layer < gpt.config.n_layer - 1:
+        raise UserError(f"concept_layer={layer} must leave a block above it: the concept model has {gpt.config.n_layer} blocks (0 to {gpt.config.n_layer - 2} will do)")
+    if gpt.config.interleaved and layer >= gpt.config.insert_layer:
+        raise UserError(f"concept_layer={layer} lies above the insertion (insert_layer={gpt.config.insert_layer}), where a token has two states")
+
+
+def summary(info):
+    return (f"FVU {info['fvu']:.3f}, L0 {info['l0']:.1f}, dead {info['dead_share']:.1%}; loss {info['loss_plain']:.3f} plain, "
+            f"{info['loss_spliced']:.3f} spliced, {info['loss_zeros']:.3f} with zeros: {info['loss_recovered']:.1%} recovered")
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,274 @@
+"""Train a GPT on next tokens and, with CoCoMix, on concepts.
+
+    python train.py config/stdlib_cocomix.py                    # a config file
+    python train.py config/stdlib_ntp.py --learning_rate=1e-3   # … and keys over it
+    python train.py config/stdlib_ntp.py --resume               # go on as if it had never stopped
+
+One step: the batch → the concept model's labels → the model's next-token and concept losses → one backward.
+A run leaves ckpt.pt and log.jsonl in out_dir: a line for every log_interval steps and for every evaluation.
+"""
+import math
+import platform
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import config
+import data
+from concepts import load_concept_model
+from config import UserError, key
+from model import GPT, ModelConfig, load_checkpoint, model_checkpoint, pick_device, save_checkpoint
+
+
+@dataclass(frozen=True)
+class Config:
+    # what is trained
+    method: Literal["ntp", "pause", "cocomix"] = key("ntp", "next-token prediction, with pause vectors, with concepts")
+    n_layer: int = key(12, "blocks", low=1)
+    n_head: int = key(12, "attention heads", low=1)
+    n_embd: int = key(768, "width of the hidden states", low=1)
+    block_size: int = key(1024, "tokens of context", low=1)
+    dropout: float = key(0.0, "share of activations dropped", low=0, high=0.99)
+    bias: bool = key(True, "biases in linear layers and LayerNorms")
+    # concepts (METHOD: eq. 1 to 4)
+    concept_model: str = key("gpt2", "names the concepts: a run, GPT-2 weights, or gpt2")
+    sae: str = key("openai", "its SAE: a run of sae.py, a file in the published layout, openai or openai_128k")
+    concept_layer: int = key(5, "the SAE reads the hidden state after this block", low=0)
+    insert_layer: int = key(5, "concepts are predicted and mixed in at the input of this block", low=0)
+    concept_k: int = key(32, "predicted concepts kept by TopK", low=1)
+    attr_k: int = key(4, "label concepts a position", low=1)
+    concept_weight: float = key(0.1, "weight of the concept loss", low=0)
+    select: Literal["attribution", "activation"] = key("attribution", "how labels are chosen")
+    attribution: Literal["code", "paper"] = key("code", "among the active concepts, or among all by their values before TopK")
+    attribution_sign: Literal["raise", "lower", "abs"] = key("raise", "concepts whose growth raises the loss, lowers it, or either")
+    mix: Literal["interleave", "interleave_residual", "add", "none"] = key("interleave", "what joins the hidden states h: ĉ or h + ĉ after each, ĉ added, nothing")
+    # data and length
+    dataset: str = key("openwebtext", "a name under data/ or a folder with train.bin, val.bin, meta.json")
+    batch_size: int = key(480, "sequences an optimizer step", low=1)
+    micro_batch_size: int | Literal["auto"] = key("auto", "sequences at once; less needs less memory", low=1)
+    max_iters: int = key(40000, "optimizer steps", low=0)
+    max_tokens: int | None = key(None, "tokens to train on; sets max_iters", low=1)
+    shift_blocks: bool = key(True, "shift the blocks by an offset of their own in each epoch")
+    # optimizer
+    learning_rate: float = key(6e-4, "peak", low=0)
+    min_lr: float | None = key(None, "at the end of the cosine (none: a tenth of the peak)", low=0)
+    warmup_iters: int | None = key(None, "steps of linear warm-up (none: 1/300 of the run)", low=0)
+    weight_decay: float = key(0.1, "of matrices and embeddings", low=0)
+    beta1: float = key(0.9, "of AdamW", low=0, high=0.9999)
+    beta2: float = key(0.95, "of AdamW", low=0, high=0.9999)
+    grad_clip: float = key(1.0, "largest norm of the gradient; 0: no clipping", low=0)
+    # run
+    out_dir: str = key("out/run", "where ckpt.pt and log.jsonl go")
+    eval_interval: int = key(1000, "steps between evaluations, each with a checkpoint", low=1)
+    eval_iters: int = key(20, "batches of val an evaluation", low=1)
+    log_interval: int = key(10, "steps between two lines of the log", low=1)
+    device: str = key("auto", "cpu, cuda, cuda:1, mps; auto takes the fastest there is")
+    dtype: Literal["auto", "float32", "bfloat16"] = key("auto", "of matrix products; auto: bfloat16 on CUDA, else float32")
+    compile: bool | Literal["auto"] = key("auto", "torch.compile; auto: on CUDA")
+    seed: int = key(1337, "of the initialisation and the data order", low=0)
+    resume: bool = key(False, "go on from out_dir's checkpoint, if there is one")
+    overwrite: bool = key(False, "start again though out_dir holds a run")
+
+
+# A run may be resumed with other values of these; the rest decides its losses.
+FREE = ("out_dir", "eval_interval", "log_interval", "micro_batch_size", "device", "compile", "resume", "overwrite")
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # dense bf16
+
+
+def model_config(cfg, vocab_size, n_concepts=0):
+    """The ModelConfig of a run. What tells one method from another is in these few fields and in `step_losses`."""
+    return ModelConfig(
+        block_size=cfg.block_size, vocab_size=vocab_size, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd,
+        dropout=cfg.dropout, bias=cfg.bias, insert={"ntp": "none", "pause": "pause", "cocomix": "concept"}[cfg.method],
+        mix=cfg.mix, insert_layer=cfg.insert_layer, n_concepts=n_concepts, concept_k=cfg.concept_k)
+
+
+def learning_rate(cfg, step):
+    """Of step `step` (from 0): linear warm-up whose first step is above 0, then a cosine to min_lr at the last."""
+    warmup = max(1, cfg.max_iters // 300) if cfg.warmup_iters is None else cfg.warmup_iters
+    low = cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr
+    if step < warmup:
+        return cfg.learning_rate * (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, cfg.max_iters - 1 - warmup))
+    return low + (cfg.learning_rate - low) * (1 + math.cos(math.pi * done)) / 2
+
+
+def make_optimizer(model, cfg, device):
+    """AdamW, decay on matrices and embeddings (dim ≥ 2) only; fused where there is one."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=cfg.weight_decay),
+              dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=device.type in ("cpu", "cuda"))
+
+
+def step_losses(model, concept_model, x, y, labels=None):
+    """(next-token loss, concept loss or None) of tokens x and targets y (B, T); labels where they are known already."""
+    if labels is None and concept_model is not None:
+        labels = concept_model.labels(x, y)
+    out = model(x, y, labels)
+    return out.loss, out.concept_loss
+
+
+@torch.no_grad()
+def evaluate(model, batches, labels):
+    """Mean next-token and concept loss over val batches [(x, y)]; labels [(B, T, attr_k)], or None for a method without."""
+    model.eval()
+    rows = [step_losses(model, None, x, y, label) for (x, y), label in zip(batches, labels or [None] * len(batches))]
+    model.train()
+    mean = lambda values: torch.stack(values).mean().item()
+    return mean([a for a, _ in rows]), mean([b for _, b in rows]) if rows[0][1] is not None else None
+
+
+def micro_batch(cfg, device):
+    """Sequences at once. auto: what 8 192 tokens on a CPU, 32 768 on a GPU allow."""
+    if cfg.micro_batch_size != "auto":
+        rows = cfg.micro_batch_size
+    else:
+        rows = max(1, (8192 if device.type == "cpu" else 32768) // cfg.block_size)
+    return min(rows, cfg.batch_size)
+
+
+def main(argv):
+    cfg, _ = config.parse(Config, argv, __doc__, most=0)
+    tokens_a_step = cfg.batch_size * cfg.block_size
+    if cfg.max_tokens is not None:
+        cfg = config.replace(cfg, max_iters=-(-cfg.max_tokens // tokens_a_step))
+    device, out = pick_device(cfg.device), Path(cfg.out_dir)
+    checkpoint, log_path = out / "ckpt.pt", out / "log.jsonl"
+
+    # before anything is loaded: is there a run here already, is there data
+    content = None
+    if checkpoint.is_file() and not cfg.overwrite:
+        if not cfg.resume:
+            raise UserError(f"{out} holds a run already; --resume goes on with it, --overwrite starts again, --out_dir=… starts another")
+        content = load_checkpoint(checkpoint, ("model_config", "model", "train_config", "optimizer", "step"))
+        config.check_same(content["train_config"], asdict(cfg), checkpoint, FREE)
+        if content["step"] >= cfg.max_iters:
+            print(f"{out}: already trained ({content['step']} steps, val loss {content['val_loss']:.4f})")
+            return
+    meta = data.load_meta(cfg.dataset)
+    vocab_size = meta["vocab_size"]
+    batches = data.Batches(data.load_tokens(cfg.dataset, "train"), cfg.block_size, cfg.batch_size, vocab_size, cfg.seed, cfg.shift_blocks)
+    micro = micro_batch(cfg, device)
+    val = data.Batches(data.load_tokens(cfg.dataset, "val"), cfg.block_size, min(cfg.batch_size, micro), vocab_size, shift=False)
+    val_batches = [tuple(t.to(device) for t in val[i]) for i in range(min(cfg.eval_iters, max(1, val.blocks // val.batch_size)))]
+
+    # the models
+    bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(cfg.seed)
+    concept_model, n_concepts = None, 0
+    if cfg.method == "cocomix":
+        concept_model, tokenizer = load_concept_model(cfg.concept_model, cfg.sae, cfg.concept_layer, device, attr_k=cfg.attr_k,
+                                                      select=cfg.select, attribution=cfg.attribution, sign=cfg.attribution_sign)
+        n_concepts, limit = len(concept_model.sae.encoder), concept_model.gpt.config.block_size
+        if tokenizer != meta["tokenizer"]:
+            raise UserError(f"the concept model {cfg.concept_model} reads tokens of {tokenizer!r}, dataset {cfg.dataset!r} has those of {meta['tokenizer']!r}")
+        if cfg.block_size > limit:
+            raise UserError(f"block_size={cfg.block_size} is over the concept model's {limit}")
+    model = GPT(model_config(cfg, vocab_size, n_concepts)).to(device)
+    optimizer = make_optimizer(model, cfg, device)
+    step, seconds, best = 0, 0.0, math.inf
+    if content is not None:
+        model.load_state_dict(content["model"])
+        optimizer.load_state_dict(content["optimizer"])
+        step, seconds, best = content["step"], content["seconds"], content["best_val_loss"]
+        torch.set_rng_state(content["rng"])
+    compiled = torch.compile(model) if cfg.compile is True or cfg.compile == "auto" and device.type == "cuda" else model
+    val_labels = None
+    flops = model.flops_per_token() + (concept_model.flops_per_token() if concept_model else 0)
+    log = config.Log(log_path, step)
+    if step == 0:
+        log.write(dict(step=0, method=cfg.method, params=model.num_params(), active_params=model.num_params(active=True), flops_per_token=flops,
+                       device=torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} {device.type}", threads=torch.get_num_threads(),
+                       torch=torch.__version__, source_hash=meta.get("source_hash")))
+    print(f"{cfg.method}: {model.num_params(active=True) / 1e6:.2f}M active of {model.num_params() / 1e6:.2f}M parameters, "
+          f"{flops / 1e6:.1f} MFLOP a token, {cfg.max_iters} steps of {tokens_a_step} tokens, on {device}")
+    peak = next((f for name, f in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)), None)
+
+    val_loss = content["val_loss"] if content else math.nan
+
+    def save():
+        save_checkpoint(checkpoint, **model_checkpoint(model, train_config=asdict(cfg), tokenizer=meta["tokenizer"], optimizer=optimizer.state_dict(),
+                                                       step=step, seconds=seconds, rng=torch.get_rng_state(), val_loss=val_loss, best_val_loss=best))
+
+    def evaluation():
+        nonlocal val_loss, best, val_labels
+        if concept_model is not None and val_labels is None:  # the same batches every time: label them once
+            val_labels = [concept_model.labels(x, y) for x, y in val_batches]
+        with autocast:
+            val_loss, concept_loss = evaluate(compiled, val_batches, val_labels)
+        best = min(best, val_loss)
+        line = dict(step=step, tokens=step * tokens_a_step, val_loss=val_loss, seconds=seconds)
+        if concept_loss is not None:
+            line["val_concept_loss"] = concept_loss
+        log.write(line)
+
+    def finite(loss, norm):
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise UserError(f"the loss is {loss} and its gradient's norm {norm} at step {step}: not finite; the last good checkpoint is {checkpoint}; "
+                            f"a learning_rate below {cfg.learning_rate} may help")
+
+    with config.Stop() as stop, config.progress(cfg.max_iters * tokens_a_step, cfg.method, "tok", initial=step * tokens_a_step, unit_scale=True) as bar:
+        model.train()
+        if step == 0:
+            evaluation()
+            save()
+        since, clock = step, time.perf_counter()
+        for x, y in batches.prefetch(step, cfg.max_iters, device):
+            total = torch.zeros((), device=device)
+            total_concept = torch.zeros((), device=device)
+            for x_micro, y_micro in zip(x.split(micro), y.split(micro)):
+                share = len(x_micro) / len(x)
+                with autocast:
+                    loss, concept_loss = step_losses(compiled, concept_model, x_micro, y_micro)
+                total += loss.detach() * share
+                if concept_loss is not None:
+                    total_concept += concept_loss.detach() * share
+                    loss = loss + cfg.concept_weight * concept_loss
+                (loss * share).backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(cfg, step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            bar.update(tokens_a_step)
+
+            last = step == cfg.max_iters
+            at_eval = step % cfg.eval_interval == 0 or last
+            if step % cfg.log_interval == 0 or at_eval or stop.signal:
+                loss = total.item()  # waits for the device
+                finite(loss, norm.item())
+                now = time.perf_counter()
+                seconds += now - clock
+                speed = (step - since) * tokens_a_step / (now - clock)
+                line = dict(step=step, tokens=step * tokens_a_step, loss=loss, lr=learning_rate(cfg, step - 1), grad_norm=norm.item(), tokens_per_s=speed, seconds=seconds)
+                text = f"loss {loss:.3f}"
+                if concept_model is not None:
+                    line["concept_loss"] = total_concept.item()
+                    text += f" concepts {line['concept_loss']:.3f}"
+                if peak:
+                    line["mfu"] = speed * flops / peak
+                    text += f" MFU {line['mfu']:.1%}"
+                log.write(line)
+                bar.set_postfix_str(text + (f" val {val_loss:.3f}" if math.isfinite(val_loss) else ""))
+                if at_eval:
+                    evaluation()
+                if at_eval or stop.signal:
+                    save()
+                since, clock = step, time.perf_counter()
+            if stop.signal and not last:
+                return stop.leave(checkpoint, step)
+    print(f"{out}: val loss {val_loss:.4f} (perplexity {math.exp(val_loss):.2f}) after {step} steps, {step * tokens_a_step / max(seconds, 1e-9):,.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -112,6 +112,12 @@ def linear_cross_entropy(x, weight, targets, n_valid=None):
     return _LinearTopK.apply(x.flatten(0, -2), weight, None, targets.reshape(-1, 1), 0, n_valid or len(weight), torch.is_grad_enabled())[2]
 
 
+def chunk_rows(device, width):
+    """Rows of (rows, width) logits made at once: 8 MB stay in a CPU's cache, but 256 rows at least are worth a pass
+    over the weight's gradient; a GPU wants larger products."""
+    return max(256, (1 << 21 if device.type == "cpu" else 1 << 28) // width)
+
+
 class _LinearTopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, labels, k, n_valid, grad):
@@ -125,8 +131,7 @@ class _LinearTopK(torch.autograd.Function):
         if torch.is_autocast_enabled(x.device.type):
             low = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(low), weight.to(low)
-        # a chunk of 8 MB stays in a CPU's cache, but 256 rows at least pay for a pass over dw; a GPU wants larger products
-        rows = max(256, (1 << 21 if x.device.type == "cpu" else 1 << 28) // C)
+        rows = chunk_rows(x.device, C)
         with torch.autocast(x.device.type, enabled=False):
             for i in range(0, N, rows):
                 chunk = slice(i, min(i + rows, N))

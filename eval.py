@@ -1,0 +1,139 @@
+"""Evaluate runs and compare them.
+
+    python eval.py out/stdlib/ntp out/stdlib/cocomix                          # one table
+    python eval.py out/stdlib/ntp out/stdlib/cocomix --plot=curves.png        # and a picture of their logs
+    python eval.py                                                            # the newest checkpoint under out/
+
+Loss is the mean over all of val.bin, every token a target once, in blocks of block_size; perplexity is its
+exponential. The concept loss and the hit rate (the share of the label concepts that are among the concept_k
+predicted ones) are measured against the concept model the run was trained with.
+"""
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import concepts
+import config
+import data
+from config import UserError, key
+from model import find_checkpoint, load_checkpoint, load_model, pick_device
+
+
+@dataclass(frozen=True)
+class Config:
+    tokens: int | None = key(None, "tokens of val to evaluate (none: all)", low=2)
+    batch_size: int = key(16, "sequences at once", low=1)
+    plot: str | None = key(None, "draw val loss against tokens and time into this .png or .svg")
+    write: str | None = key(None, "append the rows to this .jsonl file")
+    device: str = key("auto", "cpu, cuda, mps; auto takes the fastest there is")
+
+
+@torch.no_grad()
+def evaluate(content, device, tokens=None, batch_size=16):
+    """A checkpoint's content → dict: loss (nats), perplexity, and for a CoCoMix run concept_loss and hit_rate."""
+    model, concept_model = load_model(content, device), concepts.of_run(content, device)
+    val = data.load_tokens(content["train_config"]["dataset"], "val")[:None if tokens is None else tokens + 1]
+    loss, concept_loss, hits, count = 0.0, 0.0, 0.0, 0
+    with config.progress(len(val) - 1, "evaluate", "tok", unit_scale=True, leave=False) as bar:
+        for x, y in data.sequential(val, model.config.block_size, batch_size):
+            x, y = x.to(device), y.to(device)
+            labels = None if concept_model is None else concept_model.labels(x, y)
+            out = model(x, y, labels)
+            loss += out.loss.item() * y.numel()
+            if labels is not None:
+                concept_loss += out.concept_loss.item() * y.numel()
+                hits += (labels[..., :, None] == out.concepts.indices[..., None, :]).any(-1).float().mean(-1).sum().item()
+            count += y.numel()
+            bar.update(y.numel())
+    row = dict(loss=loss / count, perplexity=math.exp(loss / count), val_tokens=count)
+    if concept_model is not None:
+        row |= dict(concept_loss=concept_loss / count, hit_rate=hits / count)
+    return row
+
+
+def training(log):
+    """What a run's log says of its training: steps, tokens, seconds, tokens/s, FLOPs a token, machine."""
+    start = log[0]
+    steps = [line for line in log if "loss" in line]
+    end = steps[-1] if steps else dict(step=0, tokens=0, seconds=0.0)
+    return dict(step=end["step"], tokens=end["tokens"], seconds=end["seconds"], tokens_per_s=end["tokens"] / end["seconds"] if end["seconds"] else None,
+                flops_per_token=start["flops_per_token"], device=start["device"], source_hash=start.get("source_hash"))
+
+
+COLUMNS = (("run", "run", "{}"), ("method", "method", "{}"), ("loss", "val loss", "{:.4f}"), ("perplexity", "perplexity", "{:.2f}"), ("tokens", "tokens", "{:,}"),
+           ("tokens_per_s", "tokens/s", "{:,.0f}"), ("seconds", "train s", "{:.0f}"), ("active_params", "active", "{:,}"), ("params", "params", "{:,}"),
+           ("concept_loss", "concept loss", "{:.3f}"), ("hit_rate", "hit rate", "{:.1%}"))
+
+
+def table(rows):
+    """Rows (dicts) as lines of text, a column for each of COLUMNS; – where a row has no value."""
+    cells = [[title for _, title, _ in COLUMNS]] + [["–" if row.get(name) is None else form.format(row[name]) for name, _, form in COLUMNS] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in cells]
+    return "\n".join([lines[0], "─" * len(lines[0])] + lines[1:])
+
+
+def plot(path, logs):
+    """Val loss against tokens and against training time, a line for each log of {name: lines}."""
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise UserError("drawing needs matplotlib: pip install -r requirements.txt") from e
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for name, log in logs.items():
+        points = [line for line in log if "val_loss" in line and line["step"]]
+        for axis, by in zip(axes, ("tokens", "seconds")):
+            axis.plot([p[by] for p in points], [p["val_loss"] for p in points], marker="o", markersize=3, label=name)
+    for axis, label in zip(axes, ("training tokens", "training time (s)")):
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+        axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    axes[0].set_ylabel("validation loss (nats a token)")
+    axes[0].legend(frameon=False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as e:
+        raise UserError(f"plot={path!r}: {e}") from e
+    plt.close(figure)
+
+
+def main(argv):
+    cfg, runs = config.parse(Config, argv, __doc__)
+    device = pick_device(cfg.device)
+    paths = [find_checkpoint(run) for run in runs or [None]]
+    names = [path.parent.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path.parent) for path in paths]
+    rows, logs = [], {}
+    for name, path in zip(names, paths):
+        content = load_checkpoint(path, ("model_config", "model", "train_config", "tokenizer"))
+        row = dict(run=name, method=content["train_config"]["method"])
+        if content["train_config"]["method"] == "cocomix" or content["train_config"]["method"] == "pause":
+            row["mix"] = content["train_config"]["mix"]
+        log_path = path.parent / "log.jsonl"
+        if log_path.is_file() and (log := config.read_log(log_path)):
+            logs[name] = log
+            row |= training(log) | {k: log[0][k] for k in ("active_params", "params")}
+        row |= evaluate(content, device, cfg.tokens, cfg.batch_size)
+        rows.append(row)
+    print(table(rows))
+    if cfg.write:
+        Path(cfg.write).parent.mkdir(parents=True, exist_ok=True)
+        with open(cfg.write, "a") as file:
+            file.writelines(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n" for row in rows)
+    if cfg.plot:
+        if not logs:
+            raise UserError("nothing to draw: no log.jsonl beside these checkpoints")
+        plot(cfg.plot, logs)
+        print(f"curves: {cfg.plot}")
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,234 @@
+"""The model against plain formulas, in float64: values and gradients."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import tiny_gpt
+from model import GPT, INSERTS, MIXES, ModelConfig, TopK, gathered_dot, linear_cross_entropy, linear_topk, sparse_decode, sparse_outer
+
+VARIANTS = [("none", "interleave")] + [(i, m) for i in INSERTS if i != "none" for m in MIXES]
+
+
+def batch(vocab=61, B=2, T=12, C=40):
+    return torch.randint(vocab, (B, T)), torch.randint(vocab, (B, T)), torch.randint(C, (B, T, 4))
+
+
+def dense_topk(z, k):
+    values, indices = z.topk(k)
+    return torch.zeros_like(z).scatter(-1, indices, values)
+
+
+def plain_attention(attn, x):
+    B, T, d = x.shape
+    q, k, v = (t.view(B, T, attn.n_head, -1).transpose(1, 2) for t in attn.c_attn(x).split(d, -1))
+    scores = (q @ k.transpose(-1, -2)) / (d // attn.n_head) ** 0.5
+    scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+    return attn.c_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, d))
+
+
+def plain_forward(model, idx, labels=None, scale=1.0):
+    """(logits, concept loss) as METHOD's steps say, dense: masks over all C, every position through every block."""
+    c = model.config
+    x, concept_loss = model.wte(idx) + model.wpe.weight[:idx.shape[1]], None
+    for i, block in enumerate(model.h):
+        if c.insert != "none" and i == c.insert_layer:
+            m = model.inserted
+            if c.insert == "pause":
+                vector = m.vector.expand_as(x)
+            else:
+                mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True, unbiased=True)
+                z = ((x - mean) / (std + 1e-5) - m.bias) @ m.predict.weight.T + m.predict.bias
+                if labels is not None:
+                    concept_loss = torch.stack([F.cross_entropy(z.flatten(0, 1), labels[..., j].flatten()) for j in range(labels.shape[-1])]).mean()
+                vector = (dense_topk(z * scale, c.concept_k) @ m.compress + m.compress_bias + m.bias) * std + mean
+            if c.mix == "add":
+                x = x + vector
+            elif c.mix != "none":
+                second = x + vector if c.mix == "interleave_residual" else vector
+                both = torch.empty(x.shape[0], 2 * x.shape[1], x.shape[2], dtype=x.dtype)
+                both[:, 0::2], both[:, 1::2] = x, second
+                x = both
+        x = x + plain_attention(block.attn, block.ln_1(x))
+        x = x + block.mlp.c_proj(F.gelu(block.mlp.c_fc(block.ln_2(x)), approximate="tanh"))
+    if c.interleaved:
+        x = x[:, 1::2]
+    return model.ln_f(x) @ model.wte.weight[:c.vocab_size].T, concept_loss
+
+
+@pytest.mark.parametrize("insert, mix", VARIANTS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_and_gradients_equal_the_plain_formulas(insert, mix, bias):
+    model = tiny_gpt(insert=insert, mix=mix, bias=bias)
+    idx, targets, labels = batch()
+    labels = labels if insert == "concept" else None
+    logits, concept_loss = plain_forward(model, idx, labels)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    parameters = list(model.parameters())
+    total = loss if concept_loss is None else loss + 0.3 * concept_loss
+    expected = torch.autograd.grad(total, parameters, allow_unused=True)
+    out = model(idx, targets, labels)
+    torch.testing.assert_close(model(idx).logits, logits)
+    torch.testing.assert_close(out.loss, loss)
+    if labels is not None:
+        torch.testing.assert_close(out.concept_loss, concept_loss)
+    ours = torch.autograd.grad(out.loss if labels is None else out.loss + 0.3 * out.concept_loss, parameters, allow_unused=True)
+    for (name, _), a, b in zip(model.named_parameters(), ours, expected):
+        a, b = (torch.zeros(()) if t is None else t for t in (a, b))
+        torch.testing.assert_close(a.expand_as(b) if a.dim() == 0 else a, b.to(a.dtype).expand_as(a), msg=lambda m: f"{name}: {m}")
+
+
+def test_steering_scales_the_logits_before_topk():
+    model = tiny_gpt(insert="concept")
+    idx, *_ = batch()
+    scale = torch.ones(40, dtype=torch.float64)
+    scale[[3, 17]] = torch.tensor([-8.0, 5.0], dtype=torch.float64)
+    torch.testing.assert_close(model(idx, scale=scale).logits, plain_forward(model, idx, scale=scale)[0])
+    rows = torch.stack((scale, torch.ones_like(scale)))[:, None]  # another factor for each sequence
+    torch.testing.assert_close(model(idx, scale=rows).logits[0], model(idx, scale=scale).logits[0])
+    torch.testing.assert_close(model(idx, scale=rows).logits[1], model(idx).logits[1])
+
+
+@pytest.mark.parametrize("insert, mix", VARIANTS)
+def test_a_later_token_never_changes_an_earlier_logit(insert, mix):
+    model = tiny_gpt(insert=insert, mix=mix)
+    idx, *_ = batch()
+    for t in range(1, idx.shape[1]):
+        changed = idx.clone()
+        changed[:, t:] = (changed[:, t:] + 1 + torch.randint(60, changed[:, t:].shape)) % 61
+        before, after = model(idx).logits, model(changed).logits
+        assert torch.equal(before[:, :t], after[:, :t])
+        assert not torch.allclose(before[:, t], after[:, t])
+
+
+@pytest.mark.parametrize("insert, mix", VARIANTS)
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_generation_with_the_cache_equals_generation_without(insert, mix, temperature):
+    model = tiny_gpt(insert=insert, mix=mix)
+    for length in (1, 5, 16, 25):  # within block_size, up to it, and from a prompt beyond it
+        idx = torch.randint(61, (3, length))
+        with_cache, a = model.generate(idx, 30, temperature, top_k=20, generator=torch.Generator().manual_seed(1))
+        without, b = model.generate(idx, 30, temperature, top_k=20, generator=torch.Generator().manual_seed(1), use_cache=False)
+        assert torch.equal(with_cache, without)
+        assert with_cache.shape == (3, length + 30) and torch.equal(with_cache[:, :length], idx)
+        if insert == "concept":
+            assert torch.equal(a.indices, b.indices) and a.indices.shape == (3, 30, 5)
+
+
+def test_beyond_block_size_generation_goes_on_from_the_last_half():
+    model = tiny_gpt()
+    idx = torch.randint(61, (1, 16))
+    out, _ = model.generate(idx, 6, temperature=0)
+    for n in range(16, 22):  # at 17 tokens the window starts anew at 17 - 8 = 9
+        window = out[:, 0:n] if n <= 16 else out[:, 9:n]
+        assert out[0, n] == model(window).logits[0, -1].argmax()
+
+
+def test_padding_is_never_sampled_and_never_in_the_loss():
+    model = tiny_gpt(vocab_size=61)
+    with torch.no_grad():
+        model.wte.weight[61:] = 100.0
+    idx, targets, _ = batch()
+    assert model(idx).logits.shape[-1] == 61
+    assert model(idx, targets).loss.item() == pytest.approx(F.cross_entropy(model(idx).logits.flatten(0, 1), targets.flatten()).item())
+    assert model.generate(idx, 20, temperature=1.5)[0].max() < 61
+    model(idx, targets).loss.backward()
+    assert model.wte.weight.grad[61:].abs().max() == 0
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_topk_equals_the_plain_formula(monkeypatch, chunk, bias):
+    if chunk:  # several chunks, the last one short
+        import model
+        monkeypatch.setattr(model, "chunk_rows", lambda device, width: chunk)
+    x = torch.randn(3, 10, 8, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(50, dtype=torch.float64, requires_grad=True) if bias else None
+    labels, mixture = torch.randint(50, (3, 10, 4)), torch.randn(3, 10, 6, dtype=torch.float64)
+    labels[0, 0] = 7  # the same label four times
+    inputs = [t for t in (x, w, b) if t is not None]
+    z = F.linear(x, w, b)
+    values, indices = z.topk(6)
+    loss = (z.logsumexp(-1) - z.gather(-1, labels).mean(-1)).mean()
+    expected = torch.autograd.grad(2 * loss + (values * mixture).sum(), inputs)
+    top, ours = linear_topk(x, w, b, 6, labels)
+    torch.testing.assert_close(top.values, values)
+    assert torch.equal(top.indices, indices)
+    torch.testing.assert_close(ours, loss)
+    for a, e in zip(torch.autograd.grad(2 * ours + (top.values * mixture).sum(), inputs), expected):
+        torch.testing.assert_close(a, e)
+    top, none = linear_topk(x, w, b, 6)  # without labels: only through the kept values
+    assert none is None
+    for a, e in zip(torch.autograd.grad((top.values * mixture).sum(), inputs), torch.autograd.grad((F.linear(x, w, b).topk(6).values * mixture).sum(), inputs)):
+        torch.testing.assert_close(a, e)
+
+
+def test_linear_cross_entropy_equals_pytorchs():
+    x, w = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True), torch.randn(64, 8, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(50, (2, 9))
+    ours, plain = linear_cross_entropy(x, w, y, 50), F.cross_entropy((x @ w[:50].T).flatten(0, 1), y.flatten())
+    torch.testing.assert_close(ours, plain)
+    for a, b in zip(torch.autograd.grad(ours, (x, w)), torch.autograd.grad(plain, (x, w))):
+        torch.testing.assert_close(a, b)
+    huge = linear_cross_entropy(x.detach() * 1e4, w, y)
+    assert torch.isfinite(huge)
+
+
+def test_sparse_products_equal_dense_ones():
+    N, C, d, k = 20, 30, 6, 4
+    z = torch.randn(N, C, dtype=torch.float64)
+    values, indices = z.topk(k)
+    S = torch.zeros_like(z).scatter(-1, indices, values)
+    w, x = torch.randn(C, d, dtype=torch.float64), torch.randn(N, d, dtype=torch.float64)
+    torch.testing.assert_close(sparse_decode(TopK(values, indices), w), S @ w)
+    torch.testing.assert_close(gathered_dot(indices, w, x), (x @ w.T).gather(-1, indices))
+    torch.testing.assert_close(sparse_outer(TopK(values, indices), x, C), S.T @ x)
+    assert torch.autograd.gradcheck(lambda v, w: sparse_decode(TopK(v, indices), w), (values.requires_grad_(), w.requires_grad_()))
+
+
+def test_sparse_outer_where_only_the_last_concept_is_kept():
+    top = TopK(torch.ones(5, 1), torch.full((5, 1), 9))
+    out = sparse_outer(top, torch.ones(5, 2), 10)
+    assert torch.equal(out[:9], torch.zeros(9, 2)) and torch.equal(out[9], torch.full((2,), 5.0))
+
+
+def test_active_parameters_count_only_the_kept_rows_of_compress():
+    plain, concept = tiny_gpt(), tiny_gpt(insert="concept")
+    d, C, k = 24, 40, 5
+    assert concept.num_params() - plain.num_params() == (C * d + C) + C * d + d + d
+    assert concept.num_params(active=True) - plain.num_params() == (C * d + C) + k * d + d + d
+
+
+@pytest.mark.parametrize("insert, mix", VARIANTS)
+def test_flops_are_those_of_the_matrix_products_that_run(insert, mix):
+    from torch.utils.flop_counter import FlopCounterMode
+    model = tiny_gpt(torch.float32, insert=insert, mix=mix, vocab_size=64).requires_grad_(False)
+    idx, targets, labels = batch(vocab=64, B=1, T=16)
+    with FlopCounterMode(display=False) as counter:
+        model(idx, targets, labels if insert == "concept" else None)
+    products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op)) / 16
+    c, d, T = model.config, 24, 16
+    positions = [2 if c.interleaved and i >= 1 else 1 for i in range(3)]
+    queries = [1 if i == 2 else p for i, p in enumerate(positions)]
+    attention = sum(4 * d * q * p * T // 2 for q, p in zip(queries, positions))  # half of the square: causal
+    kept = 2 * d * c.concept_k if insert == "concept" and mix != "none" else 0   # embedding bag: PyTorch does not count it
+    assert model.flops_per_token(backward=False) == products + attention + kept
+    assert model.flops_per_token() == 3 * model.flops_per_token(backward=False)
+
+
+def test_starts_as_gpt2_does():
+    model = GPT(ModelConfig(block_size=64, vocab_size=500, n_layer=8, n_head=4, n_embd=128, insert="concept", n_concepts=600))
+    assert model.wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.h[3].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / 16 ** 0.5, rel=0.05)
+    assert model.inserted.predict.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.inserted.compress.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.inserted.bias.abs().max() == 0 and model.inserted.predict.bias.abs().max() == 0
+
+
+def test_methods_start_from_the_same_shared_weights():
+    states = []
+    for insert in INSERTS:
+        torch.manual_seed(5)
+        states.append(GPT(ModelConfig(16, 61, 3, 2, 24, insert=insert, n_concepts=40, concept_k=5)).state_dict())
+    for name in states[0]:
+        assert all(torch.equal(state[name], states[0][name]) for state in states)

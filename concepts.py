@@ -43,7 +43,7 @@ class ConceptModel:
     def labels(self, idx, targets):
         """The concepts to predict at each position: tokens and targets (B, T) → (B, T, attr_k) int64, best first."""
         h = hidden_states(self.gpt, idx, self.layer)
-        x = normalize(h)[0].float()
+        x = normalize(h)[0].to(self.sae.encoder.dtype)
         with torch.no_grad():
             active = self.sae.encode(x)
         if self.select == "activation":
@@ -63,7 +63,7 @@ class ConceptModel:
             h = h.detach().requires_grad_()
             end = self.gpt.blocks(h, self.layer + 1, self.gpt.config.n_layer)[0]
             loss = linear_cross_entropy(self.gpt.ln_f(end), self.gpt.wte.weight, targets, self.gpt.config.vocab_size)
-        return torch.autograd.grad(loss, h)[0].float()
+        return torch.autograd.grad(loss, h)[0].to(self.sae.decoder.dtype)
 
     def attributions(self, active, grad):
         """a_i = c_i · ⟨W_dec,i, g⟩ at the active concepts: TopK (B, T, k), g (B, T, d) → the same with a for c."""

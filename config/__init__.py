@@ -221,10 +221,10 @@ def progress(total, what, unit="it", **kwargs):
 
 
 class Log:
-    """log.jsonl of a run: a JSON object a line, each with its step. Opened at `step`, it keeps the lines up to there
+    """log.jsonl of a run: a JSON object a line, each with its step. Begun at `step`, it keeps the lines up to there
     and drops later ones, so a resumed run leaves no gap and no double step."""
     def __init__(self, path, step=0):
-        path = Path(path)
+        self.path = path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if step and path.is_file():
@@ -237,11 +237,10 @@ class Log:
         tmp = path.with_suffix(".tmp")
         tmp.write_text("".join(kept))
         os.replace(tmp, path)
-        self.file = open(path, "a")
 
     def write(self, values):
-        self.file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}) + "\n")
-        self.file.flush()
+        with open(self.path, "a") as file:
+            file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}) + "\n")
 
 
 def read_log(path):

@@ -26,7 +26,7 @@ END_OF_TEXT = "<|endoftext|>"
 # What a byte-pair merge may not cross: words with their leading space, numbers of up to three digits, runs of
 # punctuation, white space (a newline and the indentation after it stay together, so code takes few tokens).
 SPLIT_PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-WRITE_TOKENS = 1 << 22  # tokens gathered before they go to disk
+WRITE_CHARS = 1 << 22  # gathered before they are encoded
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -151,35 +151,32 @@ class replacing:
             self.tmp.unlink(missing_ok=True)
 
 
-def write_tokens(path, texts, tokenizer, bar=None):
-    """Encode an iterable of documents, each a list of pieces of text, into a .bin file; the number of tokens.
+def write_tokens(path, pieces, tokenizer, bar=None):
+    """Encode a stream of (text, whether a document ends there) into a .bin file; returns the number of tokens.
 
     Pieces are encoded by all cores, some megabytes at a time, so memory stays flat. bar: advanced by the
     characters written. UserError: the vocabulary does not fit uint16.
     """
     if tokenizer.n_vocab > 1 << 16:
         raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens; the files hold at most 65536 (uint16)")
-    total, pending, ends, size = 0, [], [], 0
+    total, texts, ends, chars = 0, [], [], 0
     with replacing(path) as file:
         def flush():
-            nonlocal total, size
-            for tokens, end in zip(tokenizer.encode_ordinary_batch(pending, num_threads=os.cpu_count()), ends):
-                ids = np.array(tokens + [tokenizer.eot_token] * end, dtype="<u2")
+            nonlocal total, chars
+            for ids, end in zip(tokenizer.encode_ordinary_batch(texts, num_threads=os.cpu_count()), ends):
+                ids = np.array(ids + [tokenizer.eot_token] * end, dtype="<u2")
                 file.write(ids.tobytes())
                 total += len(ids)
             if bar is not None:
-                bar.update(size)
-            pending.clear(), ends.clear()
-            size = 0
-        for document in texts:
-            for piece in document:
-                pending.append(piece)
-                ends.append(False)
-                size += len(piece)
-                if size >= WRITE_TOKENS:
-                    flush()
-            pending.append("")  # the document ends here
-            ends.append(True)
+                bar.update(chars)
+            texts.clear(), ends.clear()
+            chars = 0
+        for text, end in pieces:
+            texts.append(text)
+            ends.append(end)
+            chars += len(text)
+            if chars > WRITE_CHARS:
+                flush()
         flush()
     return total
 

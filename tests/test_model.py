@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import tiny_gpt
+from conftest import CountProducts, tiny_gpt
 from model import GPT, INSERTS, MIXES, ModelConfig, TopK, gathered_dot, linear_cross_entropy, linear_topk, sparse_decode, sparse_outer
 
 VARIANTS = [("none", "interleave")] + [(i, m) for i in INSERTS if i != "none" for m in MIXES]
@@ -201,18 +201,16 @@ def test_active_parameters_count_only_the_kept_rows_of_compress():
 
 @pytest.mark.parametrize("insert, mix", VARIANTS)
 def test_flops_are_those_of_the_matrix_products_that_run(insert, mix):
-    from torch.utils.flop_counter import FlopCounterMode
     model = tiny_gpt(torch.float32, insert=insert, mix=mix, vocab_size=64).requires_grad_(False)
     idx, targets, labels = batch(vocab=64, B=1, T=16)
-    with FlopCounterMode(display=False) as counter:
+    with CountProducts() as counter:
         model(idx, targets, labels if insert == "concept" else None)
-    products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op)) / 16
     c, d, T = model.config, 24, 16
     positions = [2 if c.interleaved and i >= 1 else 1 for i in range(3)]
     queries = [1 if i == 2 else p for i, p in enumerate(positions)]
     attention = sum(4 * d * q * p * T // 2 for q, p in zip(queries, positions))  # half of the square: causal
-    kept = 2 * d * c.concept_k if insert == "concept" and mix != "none" else 0   # embedding bag: PyTorch does not count it
-    assert model.flops_per_token(backward=False) == products + attention + kept
+    kept = 2 * d * c.concept_k if insert == "concept" and mix != "none" else 0   # an embedding bag, no product
+    assert model.flops_per_token(backward=False) == counter.flops / 16 + attention + kept
     assert model.flops_per_token() == 3 * model.flops_per_token(backward=False)
 
 

@@ -115,7 +115,7 @@ def test_published_file_is_fetched_once_and_offline_ends_in_one_line(tmp_path, m
 def test_training_lowers_fvu_and_reports(chain):
     folder = Path(chain["sae"])
     log, info = read_log(folder / "log.jsonl"), json.loads((folder / "sae.json").read_text())
-    assert log[-1]["fvu"] < 0.6 * log[0]["fvu"]
+    assert log[-1]["fvu"] < 0.75 * log[0]["fvu"]
     assert 0 < info["fvu"] < 1 and 0 < info["l0"] <= 6
     assert info["loss_plain"] <= info["loss_spliced"] <= info["loss_zeros"]
     assert info["loss_recovered"] == pytest.approx((info["loss_zeros"] - info["loss_spliced"]) / (info["loss_zeros"] - info["loss_plain"]))
@@ -134,7 +134,7 @@ def test_report_on_a_perfect_and_a_useless_sae(chain, dataset):
         def forward(self, h):
             return h, super().forward(h)[1]
     result = sae_module.report(Perfect(16, 48, 6), gpt, 1, tokens, 32, torch.device("cpu"), 10)
-    assert result["fvu"] == pytest.approx(0, abs=1e-9) and result["loss_recovered"] == pytest.approx(1)
+    assert result["fvu"] == pytest.approx(0, abs=1e-6) and result["loss_recovered"] == pytest.approx(1)
     useless = SAE(16, 48, 6)
     x = torch.cat([normalize(sae_module.hidden_states(gpt, x, 1))[0].flatten(0, 1) for x, _ in data.sequential(tokens, 32, 8)])
     with torch.no_grad():

@@ -19,9 +19,9 @@ import config
 import data
 
 HERE = Path(__file__).resolve().parent
-VAL = {"argparse", "bisect", "calendar", "concurrent", "configparser", "csv", "fractions", "gzip", "html", "imaplib", "json", "mailbox",
-       "pickletools", "platform", "queue", "shelve", "statistics", "string", "tarfile", "textwrap", "tomllib", "uuid", "wsgiref", "zipfile"}
-LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_vendor", "ensurepip", "config"}
+VAL = {"argparse", "bisect", "calendar", "configparser", "csv", "fractions", "gzip", "html", "json", "platform", "queue", "shelve",
+       "statistics", "string", "tarfile", "textwrap", "tomllib", "uuid"}
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_vendor", "ensurepip", "encodings", "pydoc_data"}  # the last two are machine-made tables
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def main(argv):
     counts = {}
     with config.progress(sum(len(t) for texts in splits.values() for t in texts), "encode", "char", unit_scale=True) as bar:
         for split, texts in splits.items():
-            counts[split] = data.write_tokens(out / f"{split}.bin", ([t] for t in texts), tokenizer, bar)
+            counts[split] = data.write_tokens(out / f"{split}.bin", ((text, True) for text in texts), tokenizer, bar)
     data.write_meta(out, "stdlib", tokenizer, counts, source=f"the standard library of Python {platform.python_version()}", source_hash=digest,
                     train_files=len(splits["train"]), val_files=len(splits["val"]))
     print(f"{out}: {counts['train']:,} train tokens, {counts['val']:,} val tokens from {len(found)} files, hash {digest}")

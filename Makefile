@@ -1,0 +1,33 @@
+# make demo   the whole pipeline on a laptop: data, concept model, SAE, NTP, CoCoMix, table, steering, picture
+# make test   the tests, under 3 minutes after the install
+PYTHON ?= python3
+PY := .venv/bin/python
+
+demo: .venv/installed
+	$(PY) data/stdlib/prepare.py
+	$(PY) train.py config/stdlib_gpt.py --resume
+	$(PY) sae.py config/stdlib_sae.py --resume
+	$(PY) train.py config/stdlib_ntp.py --resume
+	$(PY) train.py config/stdlib_cocomix.py --resume
+	$(PY) eval.py out/stdlib/ntp out/stdlib/cocomix --plot=out/stdlib/curves.png
+	$(PY) sample.py out/stdlib/cocomix --steer --start="FILE:config/prompt.txt" --max_new_tokens=60
+
+test: .venv/installed
+	$(PY) -m pytest -q tests -m "not slow"
+
+test-all: .venv/installed-test
+	$(PY) -m pytest -q tests
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/installed-test: .venv/installed requirements-test.txt
+	$(PY) -m pip install -q -r requirements-test.txt
+	touch $@
+
+clean:
+	rm -rf out/stdlib data/stdlib/*.bin data/stdlib/meta.json
+
+.PHONY: demo test test-all clean

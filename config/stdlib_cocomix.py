@@ -1,0 +1,19 @@
+# The demo's CoCoMix: the same tokens in the same order as config/stdlib_ntp.py, as many active parameters.
+method = "cocomix"
+out_dir = "out/stdlib/cocomix"
+dataset = "stdlib"
+concept_model = "out/stdlib/gpt"
+sae = "out/stdlib/sae"
+concept_layer = 1
+n_layer = 4
+n_head = 2
+n_embd = 128
+insert_layer = 2
+concept_k = 16
+block_size = 256
+batch_size = 4
+max_iters = 800
+learning_rate = 4e-3
+warmup_iters = 40
+eval_interval = 100
+eval_iters = 16

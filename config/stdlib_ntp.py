@@ -1,0 +1,14 @@
+# The demo's baseline: a plain GPT, wide enough to have as many active parameters as config/stdlib_cocomix.py.
+method = "ntp"
+out_dir = "out/stdlib/ntp"
+dataset = "stdlib"
+n_layer = 4
+n_head = 2
+n_embd = 144
+block_size = 256
+batch_size = 4
+max_iters = 800
+learning_rate = 4e-3
+warmup_iters = 40
+eval_interval = 100
+eval_iters = 16

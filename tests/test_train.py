@@ -1,0 +1,222 @@
+"""The training loop: it learns, it resumes bit for bit, it stops cleanly; and the commands around it."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import concepts
+import data
+import eval as evaluation
+import sample
+import train
+from config import read_log
+from conftest import TINY, run
+from model import load_checkpoint, load_model
+
+ROOT = Path(train.__file__).resolve().parent
+
+
+def argv(dataset, out, *more):
+    return [*TINY, f"--dataset={dataset}", f"--out_dir={out}", *more]
+
+
+def cocomix(chain):
+    return ["--method=cocomix", f"--concept_model={chain['gpt']}", f"--sae={chain['sae']}"]
+
+
+@pytest.mark.parametrize("method", ["ntp", "pause", "cocomix"])
+def test_sixty_steps_lower_the_loss(chain, dataset, tmp_path, method):
+    more = cocomix(chain) if method == "cocomix" else [f"--method={method}"]
+    status, out, err = run(train.main, *argv(dataset, tmp_path, "--max_iters=60", "--eval_interval=60", "--learning_rate=1e-2", *more))
+    assert status == 0, err
+    log = read_log(tmp_path / "log.jsonl")
+    val = [line["val_loss"] for line in log if "val_loss" in line]
+    assert len(val) == 2 and val[1] < val[0] - 0.25
+    if method == "cocomix":
+        concept = [line["val_concept_loss"] for line in log if "val_loss" in line]
+        assert concept[1] < concept[0] - 0.1
+
+
+class StopAt:
+    """A Log that breaks off the run (as a crash would) when it has written the line of a step."""
+    def __init__(self, step):
+        self.step, self.Log = step, train.config.Log
+
+    def __enter__(self):
+        step, Log = self.step, self.Log
+
+        class Crashing(Log):
+            def write(self, values):
+                super().write(values)
+                if values["step"] == step and "loss" in values:
+                    raise KeyboardInterrupt
+        train.config.Log = Crashing
+
+    def __exit__(self, *_):
+        train.config.Log = self.Log
+
+
+@pytest.mark.parametrize("method, crash, more", [("ntp", 5, []), ("ntp", 7, ["--micro_batch_size=1", "--dropout=0.2"]), ("pause", 4, []),
+                                                 ("cocomix", 6, []), ("cocomix", 3, ["--micro_batch_size=3", "--mix=interleave_residual"])])
+def test_resume_equals_uninterrupted_bit_for_bit(chain, dataset, tmp_path, method, crash, more):
+    more = (cocomix(chain) if method == "cocomix" else [f"--method={method}"]) + more + ["--eval_interval=2"]
+    assert run(train.main, *argv(dataset, tmp_path / "a", *more))[0] == 0
+    with StopAt(crash):
+        assert run(train.main, *argv(dataset, tmp_path / "b", *more))[0] == 130
+    saved = load_checkpoint(tmp_path / "b")["step"]
+    assert saved == (crash - 1) // 2 * 2  # the crash came before this step's evaluation and checkpoint
+    status, _, err = run(train.main, *argv(dataset, tmp_path / "b", "--resume", *more))
+    assert status == 0, err
+    a, b = (load_checkpoint(tmp_path / name) for name in "ab")
+    assert a["step"] == b["step"] == 8 and a["best_val_loss"] == b["best_val_loss"]
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    for i, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(t, b["optimizer"]["state"][i][k]) for k, t in state.items())
+    a, b = (read_log(tmp_path / name / "log.jsonl") for name in "ab")
+    keep = lambda log: [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s")} for line in log]
+    assert keep(a) == keep(b)
+    assert [line["step"] for line in b if "loss" in line] == list(range(1, 9))
+
+
+def test_a_run_that_is_done_is_not_run_again_and_none_is_overwritten(chain, dataset):
+    before = (Path(chain["ntp"]) / "ckpt.pt").read_bytes()
+    status, out, _ = run(train.main, *argv(dataset, chain["ntp"], "--seed=1", "--resume"))
+    assert status == 0 and "already trained (8 steps" in out
+    status, _, err = run(train.main, *argv(dataset, chain["ntp"], "--seed=1"))
+    assert status == 1 and "--resume goes on" in err and len(err.strip().splitlines()) == 1
+    status, _, err = run(train.main, *argv(dataset, chain["ntp"], "--seed=2", "--resume"))
+    assert status == 1 and "seed=1" in err
+    assert (Path(chain["ntp"]) / "ckpt.pt").read_bytes() == before
+
+
+def test_both_methods_see_the_same_batches_in_the_same_order(dataset, chain, tmp_path, monkeypatch):
+    seen = {}
+    keep = train.step_losses
+    for method in ("ntp", "cocomix"):
+        def watch(model, concept_model, x, y, labels=None):
+            if model.training:
+                seen.setdefault(method, []).append(x.clone())
+            return keep(model, concept_model, x, y, labels)
+        monkeypatch.setattr(train, "step_losses", watch)
+        assert run(train.main, *argv(dataset, tmp_path / method, *(cocomix(chain) if method == "cocomix" else ["--n_embd=20"])))[0] == 0
+    assert len(seen["ntp"]) == 8 and all(torch.equal(a, b) for a, b in zip(seen["ntp"], seen["cocomix"]))
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_micro_batches_add_up_to_the_batch(dataset, tmp_path, micro):
+    runs = {}
+    for m in (4, micro):
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert run(train.main, *argv(dataset, tmp_path / f"{m}", f"--micro_batch_size={m}", "--learning_rate=1e-3"))[0] == 0
+        finally:
+            torch.set_default_dtype(torch.float32)
+        runs[m] = load_checkpoint(tmp_path / f"{m}")["model"]
+    for name, t in runs[4].items():
+        torch.testing.assert_close(runs[micro][name], t, atol=1e-9, rtol=1e-7)
+
+
+def test_learning_rate_warms_up_from_above_zero_and_ends_at_a_tenth():
+    cfg = train.Config(max_iters=600, learning_rate=1.0)
+    rates = [train.learning_rate(cfg, step) for step in range(600)]
+    assert rates[:2] == [0.5, 1.0] and rates[-1] == pytest.approx(0.1) and max(rates) == 1.0
+    assert all(a >= b for a, b in zip(rates[2:], rates[3:]))
+    middle = 2 + (599 - 2) / 2
+    assert train.learning_rate(cfg, middle) == pytest.approx(0.55)
+
+
+def test_only_matrices_and_embeddings_decay(chain):
+    model = load_model(load_checkpoint(chain["cocomix"]))
+    decayed, others = train.make_optimizer(model, train.Config(), torch.device("cpu")).param_groups
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.1 and others["weight_decay"] == 0
+    assert {"wte.weight", "wpe.weight", "inserted.compress", "inserted.predict.weight"} <= {names[id(p)] for p in decayed["params"]}
+    assert all("bias" in names[id(p)] or "ln_" in names[id(p)] for p in others["params"])
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_resume_goes_on(dataset, tmp_path, number):
+    """A real process, as a person would stop it."""
+    command = [sys.executable, str(ROOT / "train.py"), *argv(dataset, tmp_path, "--max_iters=100000", "--eval_interval=100000", "--log_interval=1")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    log = tmp_path / "log.jsonl"
+    deadline = time.time() + 60
+    while time.time() < deadline and (not log.is_file() or len(log.read_text().splitlines()) < 8):
+        time.sleep(0.1)
+    process.send_signal(number)
+    err = process.communicate(timeout=30)[1]
+    assert process.returncode == 128 + number
+    assert f"stopped by {number.name} at step" in err and "--resume" in err and "Traceback" not in err
+    step = load_checkpoint(tmp_path)["step"]
+    assert step >= 5 and step == max(line["step"] for line in read_log(log))
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(dataset, tmp_path, monkeypatch):
+    keep = train.step_losses
+    def broken(model, *args):
+        loss, concept = keep(model, *args)
+        return (loss * math.nan if model.training and len(calls) > 5 else loss), concept
+    calls = []
+    monkeypatch.setattr(train, "step_losses", lambda *a: (calls.append(1), broken(*a))[1])
+    status, _, err = run(train.main, *argv(dataset, tmp_path))
+    assert status == 1 and "not finite" in err and "ckpt.pt" in err
+    content = load_checkpoint(tmp_path)
+    assert all(t.isfinite().all() for t in content["model"].values())
+
+
+# -- the commands after training --------------------------------------------------------------------
+
+def test_eval_prints_a_table_of_what_a_plain_evaluation_gives(chain, dataset, tmp_path):
+    status, out, err = run(evaluation.main, chain["ntp"], chain["cocomix"], "--device=cpu", f"--plot={tmp_path / 'c.png'}", f"--write={tmp_path / 'r.jsonl'}")
+    assert status == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [row["run"] for row in rows] == ["ntp", "cocomix"] and (tmp_path / "c.png").stat().st_size > 5000
+    model = load_model(load_checkpoint(chain["cocomix"]))
+    teacher = concepts.of_run(load_checkpoint(chain["cocomix"]), torch.device("cpu"))
+    tokens = torch.tensor(data.load_tokens(dataset, "val").astype(int))
+    total, hits, n = 0.0, 0.0, 0
+    with torch.no_grad():
+        for i in range(0, len(tokens) - 1, 32):
+            x, y = tokens[None, i:i + 32][:, :len(tokens) - 1 - i], tokens[None, i + 1:i + 33]
+            total += torch.nn.functional.cross_entropy(model(x).logits[0], y[0], reduction="sum").item()
+            labels, predicted = teacher.labels(x, y)[0], model(x).concepts.indices[0]
+            hits += sum(len(set(a) & set(b)) / 4 for a, b in zip(labels.tolist(), predicted.tolist()))
+            n += y.numel()
+    assert n == len(tokens) - 1 == rows[1]["val_tokens"]
+    assert rows[1]["loss"] == pytest.approx(total / n, abs=1e-5) and rows[1]["perplexity"] == pytest.approx(math.exp(total / n), rel=1e-5)
+    assert rows[1]["hit_rate"] == pytest.approx(hits / n, abs=1e-3)
+    assert "hit rate" in out and "cocomix" in out and "–" in out
+
+
+def test_sample_is_repeatable_steers_and_inspects(chain, dataset):
+    common = [chain["cocomix"], "--device=cpu", "--max_new_tokens=12", "--start=def f"]
+    plain = run(sample.main, *common)
+    assert plain[0] == 0 and "def f" in plain[1] and plain == run(sample.main, *common)
+    assert run(sample.main, *common, "--seed=2")[1] != plain[1]
+    status, out, err = run(sample.main, *common, "--steer=3:9,17:-9")
+    assert status == 0 and "concept 3 × 9" in out and "concept 17 × -9" in out
+    status, out, err = run(sample.main, *common, "--steer", "--tokens=1000")
+    assert status == 0, err
+    assert out.count("──") >= 4 and out.count("which comes before") == 3
+    status, out, _ = run(sample.main, *common, "--inspect")
+    assert status == 0 and sum(line.count("(") >= 4 for line in out.splitlines()) == 12
+
+
+def test_a_factor_of_one_steers_nothing(chain):
+    common = [chain["cocomix"], "--device=cpu", "--max_new_tokens=20", "--start=def f"]
+    _, out, _ = run(sample.main, *common, "--steer=3:1")
+    texts = [part.partition("\n")[2].strip() for part in out.split("──")if "\n" in part]
+    assert texts[-1] == texts[-2] != ""
+
+
+def test_concepts_report(chain):
+    status, out, err = run(concepts.main, chain["cocomix"], "--tokens=1000", "--top=5", "--device=cpu")
+    assert status == 0 and len(out.strip().splitlines()) == 8, err

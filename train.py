@@ -35,6 +35,7 @@ class Config:
     block_size: int = key(1024, "tokens of context", low=1)
     dropout: float = key(0.0, "share of activations dropped", low=0, high=0.99)
     bias: bool = key(True, "biases in linear layers and LayerNorms")
+    embedding_std: float = key(0.02, "of the token embedding at the start; a small width learns faster with about 1/sqrt(n_embd)", low=0)
     # concepts (METHOD: eq. 1 to 4)
     concept_model: str = key("gpt2", "names the concepts: a run, GPT-2 weights, or gpt2")
     sae: str = key("openai", "its SAE: a run of sae.py, a file in the published layout, openai or openai_128k")
@@ -85,7 +86,7 @@ def model_config(cfg, vocab_size, n_concepts=0):
     """The ModelConfig of a run. What tells one method from another is in these few fields and in `step_losses`."""
     return ModelConfig(
         block_size=cfg.block_size, vocab_size=vocab_size, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd,
-        dropout=cfg.dropout, bias=cfg.bias, insert={"ntp": "none", "pause": "pause", "cocomix": "concept"}[cfg.method],
+        dropout=cfg.dropout, bias=cfg.bias, embedding_std=cfg.embedding_std, insert={"ntp": "none", "pause": "pause", "cocomix": "concept"}[cfg.method],
         mix=cfg.mix, insert_layer=cfg.insert_layer, n_concepts=n_concepts, concept_k=cfg.concept_k)
 
 

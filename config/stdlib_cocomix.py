@@ -11,6 +11,7 @@ n_embd = 128
 insert_layer = 2
 concept_k = 16
 block_size = 256
+embedding_std = 0.08    # about 1/sqrt(n_embd); results/stdlib-sweep has the learning rates tried
 batch_size = 4
 max_iters = 800
 learning_rate = 4e-3

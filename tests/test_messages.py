@@ -1,0 +1,188 @@
+"""What a person can do wrong ends in one line that says what, with which value, and the remedy: status 1, no
+traceback, nothing written. One table for all commands, run in this process."""
+import errno
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import concepts
+import data
+import eval as evaluation
+import sae
+import sample
+import train
+from conftest import TINY, run
+from sae import SAE
+
+ROOT = Path(train.__file__).resolve().parent
+
+
+def text_main(argv):
+    spec = importlib.util.spec_from_file_location("prepare_text", ROOT / "data/text/prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main(argv)
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory, chain, dataset):
+    """Broken things to point the commands at."""
+    f = tmp_path_factory.mktemp("bad")
+    shutil.copytree(dataset, f / "short")
+    with open(f / "short/train.bin", "r+b") as file:
+        file.truncate(101)
+    shutil.copytree(dataset, f / "beyond")
+    np.full(20_000, 60_000, dtype="<u2").tofile(f / "beyond/train.bin")
+    shutil.copytree(dataset, f / "big")
+    meta = json.loads((f / "big/meta.json").read_text())
+    (f / "big/meta.json").write_text(json.dumps(meta | dict(vocab_size=70_000)))
+    shutil.copytree(dataset, f / "other")
+    (f / "other/meta.json").write_text(json.dumps(meta | dict(tokenizer="stdlib")))
+    torch.save(SAE(24, 48, 6).published(), f / "wide.pt")
+    torch.save({"a": 1}, f / "not.pt")
+    for name in ("cut", "flipped", "pickle", "weights"):
+        (f / name).mkdir()
+    whole = (Path(chain["ntp"]) / "ckpt.pt").read_bytes()
+    (f / "cut/ckpt.pt").write_bytes(whole[:len(whole) // 2])
+    (f / "flipped/ckpt.pt").write_bytes(b"\0" * 64 + whole[64:])
+    content = torch.load(Path(chain["ntp"]) / "ckpt.pt", weights_only=True)
+    content["model"]["wpe.weight"] = content["model"]["wpe.weight"][:5]
+    torch.save(content, f / "weights/ckpt.pt")
+
+    class Runs:
+        def __reduce__(self):
+            return os.system, (f"touch {f / 'ran'}",)
+    torch.save({"model": Runs(), "model_config": {}}, f / "pickle/ckpt.pt")
+    (f / "latin.txt").write_bytes("größer".encode("latin-1"))
+    (f / "bad.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
+    (f / "half.jsonl").write_text('{"text": "a"}\n{"text": "b\n')
+    (f / "cut.txt.gz").write_bytes(__import__("gzip").compress(os.urandom(5000))[:2000])
+    (f / "tiny.txt").write_text("short")
+    (f / "a.csv").write_text("a,b")
+    (f / "raises.py").write_text("raise RuntimeError('no')")
+    (f / "latin-prompt.txt").write_bytes(b"\xff\xfe\xfa")
+    return f
+
+
+TABLE = {  # what is wrong: (command, arguments, what the line must say)
+    "no data yet": (train.main, "--dataset=openwebtext2", "no dataset 'openwebtext2'", "prepare.py"),
+    "data not prepared": (train.main, "--dataset={bad}/none", "no dataset", "data/text/prepare.py"),
+    "a .bin cut short": (train.main, "--dataset={bad}/short", "train.bin has 101 bytes", "prepare the dataset again"),
+    "tokens beyond the vocabulary": (train.main, "--dataset={bad}/beyond", "token 60000", "vocabulary of 257"),
+    "a vocabulary over 65536": (train.main, "--dataset={bad}/big", "vocab_size=70000", "65536"),
+    "a block larger than the data": (train.main, "--dataset={dataset} --block_size=9000", "block_size=9000", "needs 18000"),
+    "width not divisible": (train.main, "--dataset={dataset} --n_embd=17", "n_embd=17", "n_head=2"),
+    "insertion outside the stack": (train.main, "--dataset={dataset} --method=pause --insert_layer=3", "insert_layer=3", "0 to 2"),
+    "more concepts kept than there are": (train.main, "{cocomix} --concept_k=49", "concept_k=49", "48"),
+    "more labels than active concepts": (train.main, "{cocomix} --attr_k=7", "attr_k=7", "6"),
+    "an SAE of another width": (train.main, "{cocomix} --sae={bad}/wide.pt", "width 24", "have 16"),
+    "an SAE of another layer": (train.main, "{cocomix} --concept_layer=0", "layer 1", "--concept_layer=1"),
+    "a layer the concept model lacks": (train.main, "{cocomix} --concept_layer=5", "concept_layer=5", "3 blocks"),
+    "no SAE there": (train.main, "{cocomix} --sae={bad}/nowhere", "no SAE at", "sae.py"),
+    "a file that is no SAE": (train.main, "{cocomix} --sae={bad}/not.pt", "not.pt is not an SAE", ""),
+    "a text file as an SAE": (train.main, "{cocomix} --sae={bad}/tiny.txt", "can't be read as an SAE", ""),
+    "no concept model there": (train.main, "{cocomix} --concept_model={bad}/nowhere", "no checkpoint at", "nowhere"),
+    "another tokenizer": (train.main, "{cocomix} --dataset={bad}/other", "bytes.tiktoken", "'stdlib'"),
+    "a block over the concept model's": (train.main, "{cocomix} --block_size=64", "block_size=64", "32"),
+    "an unknown key": (train.main, "--learningrate=3", "unknown key 'learningrate'", "'learning_rate'"),
+    "a wrong type": (train.main, "--n_layer=two", "n_layer='two'", "an integer"),
+    "an unknown method": (train.main, "--method=npt", "method='npt'", "cocomix"),
+    "an unknown device": (train.main, "--dataset={dataset} --device=tpu", "device='tpu'", "not available"),
+    "no config file": (train.main, "config/stdlib_npt.py", "no config file", "stdlib_ntp.py"),
+    "a config file that raises": (train.main, "{bad}/raises.py", "does not run", "RuntimeError: no"),
+    "two positional arguments": (train.main, "out/a", "unexpected argument 'out/a'", ".py"),
+    "resuming a damaged checkpoint": (train.main, "--dataset={dataset} --out_dir={bad}/cut --resume", "can't be read as a checkpoint", "cut short"),
+    "no checkpoint": (sample.main, "{bad}/nowhere", "no checkpoint at", "train it first"),
+    "a checkpoint cut short": (sample.main, "{bad}/cut", "can't be read as a checkpoint", "cut short"),
+    "a checkpoint with flipped bytes": (sample.main, "{bad}/flipped", "can't be read as a checkpoint", "damaged"),
+    "a pickle that would run code": (sample.main, "{bad}/pickle", "can't be read as a checkpoint", ""),
+    "weights that don't fit": (sample.main, "{bad}/weights", "don't fit", "wpe"),
+    "a file that is no checkpoint": (sample.main, "{bad}/not.pt", "is not a checkpoint", ""),
+    "a concept that does not exist": (sample.main, "{chain}/cocomix --steer=48:2", "steer='48:2'", "0 to 47"),
+    "a negative concept": (sample.main, "{chain}/cocomix --steer=-1:2", "steer='-1:2'", "0 to 47"),
+    "a factor that is NaN": (sample.main, "{chain}/cocomix --steer=3:nan", "steer='3:nan'", "finite"),
+    "a factor that is none": (sample.main, "{chain}/cocomix --steer=3", "steer='3'", "ID:FACTOR"),
+    "steering without concepts": (sample.main, "{chain}/ntp --steer=3:2", "has no concepts", "cocomix"),
+    "inspecting without concepts": (sample.main, "{chain}/ntp --inspect", "has no concepts", "cocomix"),
+    "a prompt file that is not there": (sample.main, "{chain}/ntp --start=FILE:{bad}/no", "No such file", "no"),
+    "a prompt that is not UTF-8": (sample.main, "{chain}/ntp --start=FILE:{bad}/latin-prompt.txt", "not UTF-8", ""),
+    "a negative temperature": (sample.main, "{chain}/ntp --temperature=-1", "temperature='-1'", "at least 0"),
+    "no run to evaluate": (evaluation.main, "{bad}/nowhere", "no checkpoint at", ""),
+    "a picture of an unknown kind": (evaluation.main, "{chain}/ntp --plot={bad}/x.docx --device=cpu", "plot=", "docx"),
+    "concepts of a run without": (concepts.main, "{chain}/ntp", "has no concepts", "cocomix"),
+    "an SAE of more kept than latents": (sae.main, "--concept_model={chain}/gpt --dataset={dataset} --concept_layer=1 --n_concepts=4 --k=5 --out_dir={bad}/x", "k=5", "n_concepts=4"),
+    "an SAE on a layer that is not there": (sae.main, "--concept_model={chain}/gpt --dataset={dataset} --concept_layer=2 --out_dir={bad}/x", "concept_layer=2", "block above"),
+    "an SAE over another SAE": (sae.main, "--concept_model={chain}/gpt --dataset={dataset} --concept_layer=1 --out_dir={chain}/sae", "holds an SAE run", "--resume"),
+    "no input": (text_main, "", "--input", "needed"),
+    "no input file": (text_main, "--input={bad}/none.txt", "no input file", "none.txt"),
+    "an input of another kind": (text_main, "--input={bad}/a.csv --tokenizer=stdlib --out={bad}/x", "expected .txt or .jsonl", "a.csv"),
+    "text that is not UTF-8": (text_main, "--input={bad}/latin.txt --tokenizer=stdlib --out={bad}/x", "latin.txt is not UTF-8", "0xf6"),
+    "JSON without text": (text_main, "--input={bad}/bad.jsonl --tokenizer=stdlib --out={bad}/x", "bad.jsonl, line 2", "text"),
+    "JSON cut short": (text_main, "--input={bad}/half.jsonl --tokenizer=stdlib --out={bad}/x", "half.jsonl, line 2", "JSON"),
+    "a .gz cut short": (text_main, "--input={bad}/cut.txt.gz --tokenizer=stdlib --out={bad}/x", "cut.txt.gz is damaged", ""),
+    "too short to hold out": (text_main, "--input={bad}/tiny.txt --tokenizer=stdlib --out={bad}/x", "too short", "--val"),
+    "an unknown tokenizer": (text_main, "--input={bad}/tiny.txt --tokenizer=gpt5 --out={bad}/x", "no tokenizer 'gpt5'", "bpe:4096"),
+    "a BPE of an impossible size": (text_main, "--input={bad}/tiny.txt --tokenizer=bpe:99 --out={bad}/x", "bpe:99", "257 to 65536"),
+    "a dataset in the way": (text_main, "--input={bad}/tiny.txt --tokenizer=stdlib --out={dataset}", "holds a dataset", "--force"),
+}
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_one_line(case, bad, chain, dataset, tmp_path):
+    main, arguments, *needed = TABLE[case]
+    fill = dict(bad=bad, chain=chain["root"], dataset=dataset, cocomix=f"--dataset={dataset} --method=cocomix --concept_model={chain['gpt']} --sae={chain['sae']}")
+    argv = [part.format(**{k: v for k, v in fill.items() if k != "cocomix"}) for part in arguments.replace("{cocomix}", fill["cocomix"]).split()]
+    if main is train.main:
+        argv = [*TINY, f"--out_dir={tmp_path / 'out'}", *argv]
+    status, out, err = run(main, *argv)
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and "it/s" not in line and "?" not in line[:60] and "char" not in line]
+    assert status == 1, (status, out, err)
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    assert all(text in lines[0] for text in needed), lines[0]
+    if case != "tokens beyond the vocabulary":  # seen only as the first batch is drawn
+        assert not (tmp_path / "out" / "ckpt.pt").exists()
+    assert not (bad / "x" / "meta.json").exists() and not (bad / "x" / "sae.pt").exists() and not (bad / "ran").exists()
+
+
+def test_debug_shows_the_traceback(chain):
+    with pytest.raises(train.UserError):
+        run(sample.main, f"{chain['root']}/nowhere", "--debug")
+
+
+def test_a_real_process_prints_no_traceback():
+    process = subprocess.run([sys.executable, str(ROOT / "train.py"), "--n_layer=two"], capture_output=True, text=True)
+    assert process.returncode == 1 and len(process.stderr.strip().splitlines()) == 1 and process.stdout == ""
+
+
+def test_no_network(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    monkeypatch.setenv("COCOMIX_CACHE", str(tmp_path))
+    with pytest.raises(train.UserError, match="can't be fetched .* by hand as .*sae-openai-layer5.pt"):
+        sae.load_sae("openai", 5, 768)
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "log"])
+def test_a_full_disk_keeps_the_last_good_checkpoint(chain, dataset, tmp_path, what):
+    """The process may write files of so many bytes at most: writing more fails as it does on a full disk."""
+    argv = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}"]
+    assert run(train.main, *argv, "--max_iters=8")[0] == 0
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    limit = len(before) // 2 if what == "checkpoint" else 100
+    code = (f"import resource, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import config, train; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); config.run(train.main)")
+    process = subprocess.run([sys.executable, "-c", code, *argv, "--overwrite"], capture_output=True, text=True)
+    last = process.stderr.strip().splitlines()[-1]
+    assert process.returncode == 1 and "error: " in last and "Traceback" not in process.stderr, process.stderr
+    assert (tmp_path / "ckpt.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp"))

@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(PY) train.py config/stdlib_ntp.py --resume
 	$(PY) train.py config/stdlib_cocomix.py --resume
 	$(PY) eval.py out/stdlib/ntp out/stdlib/cocomix --plot=out/stdlib/curves.png
-	$(PY) sample.py out/stdlib/cocomix --steer --start="FILE:config/prompt.txt" --max_new_tokens=60
+	$(PY) sample.py out/stdlib/cocomix --steer --start="    def __init__(self" --max_new_tokens=60
 
 test: .venv/installed
 	$(PY) -m pytest -q tests -m "not slow"

@@ -11,7 +11,6 @@ For tokens and their targets, with h the hidden state after block concept_layer 
 
 The lower blocks run without gradients, the upper ones with the gradient for h alone.
 """
-import sys
 from collections import Counter
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ import torch
 import config
 import data
 from config import UserError, key
-from model import TopK, find_checkpoint, gathered_dot, linear_cross_entropy, load_checkpoint, load_gpt, pick_device
+from model import TopK, gathered_dot, linear_cross_entropy, load_checkpoint, load_gpt, pick_device
 from sae import check_layer, hidden_states, load_sae, normalize
 
 SELECTS, ATTRIBUTIONS, SIGNS = ("attribution", "activation"), ("code", "paper"), ("raise", "lower", "abs")
@@ -94,7 +93,7 @@ def load_concept_model(concept_model, sae, layer, device, **choices):
     """(ConceptModel, its tokenizer's name) from the keys `concept_model`, `sae` and `concept_layer`."""
     gpt, tokenizer = load_gpt(concept_model, device)
     check_layer(gpt, layer)
-    return ConceptModel(gpt, load_sae(sae, layer, gpt.config.n_embd, device), layer, **choices), tokenizer
+    return ConceptModel(gpt, load_sae(sae, layer, gpt.config.n_embd, device, gpt), layer, **choices), tokenizer
 
 
 def of_run(content, device):

@@ -2,6 +2,7 @@
 
     python eval.py out/stdlib/ntp out/stdlib/cocomix                          # one table
     python eval.py out/stdlib/ntp out/stdlib/cocomix --plot=curves.png        # and a picture of their logs
+    python eval.py --compare out/stdlib/ntp out/stdlib/cocomix                # the course of training, from the logs alone
     python eval.py                                                            # the newest checkpoint under out/
 
 Loss is the mean over all of val.bin, every token a target once, in blocks of block_size; perplexity is its
@@ -10,7 +11,6 @@ predicted ones) are measured against the concept model the run was trained with.
 """
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from model import find_checkpoint, load_checkpoint, load_model, pick_device
 class Config:
     tokens: int | None = key(None, "tokens of val to evaluate (none: all)", low=2)
     batch_size: int = key(16, "sequences at once", low=1)
+    compare: bool = key(False, "val loss over training, read from the logs; nothing is evaluated")
     plot: str | None = key(None, "draw val loss against tokens and time into this .png or .svg")
     write: str | None = key(None, "append the rows to this .jsonl file")
     device: str = key("auto", "cpu, cuda, mps; auto takes the fastest there is")
@@ -77,6 +78,18 @@ def table(rows):
     return "\n".join([lines[0], "─" * len(lines[0])] + lines[1:])
 
 
+def course(logs, columns=8):
+    """Val loss at up to `columns` evaluations that all logs of {name: lines} share, as a Markdown table by tokens."""
+    points = {name: {line["tokens"]: line["val_loss"] for line in log if "val_loss" in line} for name, log in logs.items()}
+    shared = sorted(set.intersection(*map(set, points.values())) - {0})
+    if not shared:
+        raise UserError("these runs share no evaluation: compare runs of one eval_interval and batch size")
+    shown = [shared[round((i + 1) * len(shared) / min(columns, len(shared))) - 1] for i in range(min(columns, len(shared)))]
+    rows = [["run", *(f"{tokens / 1e6:.2f}M" for tokens in shown)]] + [[name, *(f"{at[tokens]:.3f}" for tokens in shown)] for name, at in points.items()]
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def plot(path, logs):
     """Val loss against tokens and against training time, a line for each log of {name: lines}."""
     try:
@@ -112,6 +125,10 @@ def main(argv):
     if len(set(names)) < len(names):
         names = [str(path.parent) for path in paths]
     rows, logs = [], {}
+    if cfg.compare:
+        logs = {name: config.read_log(path.parent / "log.jsonl") for name, path in zip(names, paths)}
+        print(course(logs))
+        paths = []
     for name, path in zip(names, paths):
         content = load_checkpoint(path, ("model_config", "model", "train_config", "tokenizer"))
         row = dict(run=name, method=content["train_config"]["method"])
@@ -123,7 +140,8 @@ def main(argv):
             row |= training(log) | {k: log[0][k] for k in ("active_params", "params")}
         row |= evaluate(content, device, cfg.tokens, cfg.batch_size)
         rows.append(row)
-    print(table(rows))
+    if rows:
+        print(table(rows))
     if cfg.write:
         Path(cfg.write).parent.mkdir(parents=True, exist_ok=True)
         with open(cfg.write, "a") as file:

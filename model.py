@@ -487,7 +487,7 @@ def save_checkpoint(path, **content):
 def find_checkpoint(run=None):
     """The path of a run's checkpoint: a folder or a file; without one, the newest under out/ (said on screen)."""
     if run is None:
-        found = [p for p in Path("out").rglob("ckpt.pt") if p.parent.name != "sae"]
+        found = list(Path("out").rglob("ckpt.pt"))
         if not found:
             raise UserError("no checkpoint under out/; train one: python train.py config/stdlib_cocomix.py, or make demo")
         path = max(found, key=os.path.getmtime)

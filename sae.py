@@ -10,12 +10,11 @@ standard deviation over its features:
     ĥ = (W_dec c + b_pre) · σ + μ                      W_dec's directions at unit norm
 
 Files are in the layout of the published SAEs (openai/sparse_autoencoder): those load here, ours load there.
-Beside sae.pt a run leaves sae.json (what it was trained on, and how well it does), log.jsonl and ckpt.pt.
+Beside sae.pt a run leaves sae.json (what it was trained on, and how well it does), log.jsonl and sae_ckpt.pt.
 """
 import json
 import math
 import os
-import sys
 import time
 import urllib.request
 from dataclasses import asdict, dataclass
@@ -103,11 +102,17 @@ class SAE(nn.Module):
         return sae
 
 
-def load_sae(name, layer, d, device="cpu"):
+def model_hash(gpt):
+    """A short hash of a model's weights: an SAE belongs to the model it was trained on."""
+    return data.fingerprint(*(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for p in gpt.parameters()))
+
+
+def load_sae(name, layer, d, device="cpu", gpt=None):
     """A frozen SAE: "openai" (published for GPT-2 124M, 32 768 concepts, the given layer), "openai_128k", the path of
     a .pt in the published layout, or the folder of a run of this script.
 
-    d: the width its hidden states must have. UserError: missing, damaged, of another width or another layer.
+    d: the width its hidden states must have. UserError: missing, damaged, of another width or another layer, or one
+    of ours that was trained on another model than gpt.
     """
     if name in ("openai", "openai_128k"):
         path = download(PUBLISHED.format(size=name.removeprefix("openai").lstrip("_") or "32k", layer=layer), f"sae-{name}-layer{layer}.pt")
@@ -118,6 +123,8 @@ def load_sae(name, layer, d, device="cpu"):
         info = read_info(path)
         if info and info["concept_layer"] != layer:
             raise UserError(f"{path} was trained on layer {info['concept_layer']}, not on concept_layer={layer}; set --concept_layer={info['concept_layer']}")
+        if info and gpt is not None and info["concept_model_hash"] != model_hash(gpt):
+            raise UserError(f"{path} was trained on another concept model (as {info['concept_model']} was then); train it again: python sae.py --concept_model=…")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -167,7 +174,7 @@ class Config:
     concept_model: str = key("out/stdlib/gpt", "the GPT whose hidden states are encoded: a run, GPT-2 weights, or gpt2")
     concept_layer: int = key(5, "after this block (from 0)", low=0)
     dataset: str = key("stdlib", "a name under data/ or a folder with train.bin, val.bin, meta.json")
-    out_dir: str = key("out/sae", "where sae.pt, sae.json, log.jsonl and ckpt.pt go")
+    out_dir: str = key("out/sae", "where sae.pt, sae.json, log.jsonl and sae_ckpt.pt go")
     n_concepts: int = key(32768, "C, latents of the SAE", low=1)
     k: int = key(32, "latents kept by TopK", low=1)
     k_aux: int = key(256, "dead latents that the auxiliary loss revives at once; 0 turns it off", low=0)
@@ -320,7 +327,7 @@ def main(argv):
     sae, step, seconds = SAE(d, cfg.n_concepts, cfg.k).to(device), 0, 0.0
     # its own kernel where there is one; eps and betas as published
     optimizer = torch.optim.Adam(sae.parameters(), lr=cfg.learning_rate, eps=6.25e-10, fused=device.type in ("cpu", "cuda"))
-    checkpoint, log_path = out / "ckpt.pt", out / "log.jsonl"
+    checkpoint, log_path = out / "sae_ckpt.pt", out / "log.jsonl"
     if checkpoint.is_file() and not cfg.resume:
         raise UserError(f"{out} holds an SAE run already; --resume goes on with it, --out_dir=… starts another")
     if checkpoint.is_file():
@@ -372,7 +379,7 @@ def main(argv):
             if stop.signal:
                 return stop.leave(checkpoint, step)
     val = data.load_tokens(cfg.dataset, "val")[:cfg.eval_tokens + 1]
-    info = dict(concept_model=cfg.concept_model, concept_layer=cfg.concept_layer, dataset=cfg.dataset, n_concepts=cfg.n_concepts, k=cfg.k,
+    info = dict(concept_model=cfg.concept_model, concept_model_hash=model_hash(gpt), concept_layer=cfg.concept_layer, dataset=cfg.dataset, n_concepts=cfg.n_concepts, k=cfg.k,
                 tokens=steps * cfg.batch_size, seconds=round(seconds, 1), dead_tokens=dead_tokens,
                 **report(sae, gpt, cfg.concept_layer, val, block_size, device, dead_tokens))
     with data.replacing(out / "sae.pt") as file:

@@ -8,7 +8,6 @@
 Steering multiplies a concept's logit z_i before TopK, at every position (section 3.3 of the paper: -10 … 10).
 """
 import math
-import sys
 import textwrap
 from collections import Counter
 from dataclasses import dataclass
@@ -88,14 +87,14 @@ def choose(model, idx, dataset, tokens, device, n=3, candidates=32, factors=(-8.
     probability, at the prompt's last position, that its own tokens take. → [(concept, factor, own tokens)]
     """
     count, then, share = usage(model, dataset, tokens, device)
-    total = sum(share.values()) and sum(count.values())
     trials = []
     for concept, used in count.most_common(candidates):
         enough = [t for t, m in then[concept].items() if m >= 5]
         own = sorted(enough, key=lambda t: then[concept][t] / used / share[t] * math.log1p(then[concept][t]), reverse=True)[:5]
         if own:
             trials += [(concept, factor, own) for factor in factors]
-    del total
+    if not trials:
+        raise UserError("the model predicts no concept often enough to choose one; name some: --steer=ID:FACTOR")
     scale = torch.stack([scale_of({c: f}, model.config.n_concepts, device) for c, f, _ in trials])[:, None]
     steered = model(idx.expand(len(trials), -1), scale=scale).logits[:, -1].softmax(-1)
     plain = model(idx).logits[0, -1].softmax(-1)
@@ -145,10 +144,12 @@ def main(argv):
         generator = torch.Generator(device).manual_seed(cfg.seed)  # the same luck, plain and steered
         return model.generate(idx.expand(cfg.num_samples, -1), cfg.max_new_tokens, cfg.temperature, cfg.top_k, scale, generator)
 
-    text = lambda ids: tokenizer.decode([t for t in ids if t != tokenizer.eot_token or True])
+    def text(ids):  # a new document begins after the end-of-text token, which is not shown
+        return tokenizer.decode(ids[1:] if tokens == [tokenizer.eot_token] else ids)
+
     out, concepts = generate()
     for i, ids in enumerate(out.tolist()):
-        show("plain" if cfg.steer else f"sample {i + 1}", text(ids[len(tokens) if tokens == [tokenizer.eot_token] else 0:]))
+        show("plain" if cfg.steer else f"sample {i + 1}", text(ids))
         if cfg.inspect:
             print()
             for j, token in enumerate(ids[len(tokens):]):
@@ -166,7 +167,7 @@ def main(argv):
         runs = [(factors, "steered: " + ", ".join(f"concept {c} × {f:g}" for c, f in factors.items()))]
     for factors, title in runs:
         for ids in generate(scale_of(factors, model.config.n_concepts, device))[0].tolist():
-            show(title, text(ids[len(tokens) if tokens == [tokenizer.eot_token] else 0:]))
+            show(title, text(ids))
 
 
 if __name__ == "__main__":

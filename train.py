@@ -9,7 +9,6 @@ A run leaves ckpt.pt and log.jsonl in out_dir: a line for every log_interval ste
 """
 import math
 import platform
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass

@@ -225,7 +225,10 @@ class Log:
     and drops later ones, so a resumed run leaves no gap and no double step."""
     def __init__(self, path, step=0):
         self.path = path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"{path.parent} can't be made ({e.strerror}); choose another --out_dir") from e
         kept = []
         if step and path.is_file():
             for line in path.read_text().splitlines():
@@ -235,12 +238,18 @@ class Log:
                 except (ValueError, KeyError):
                     pass  # a line cut short by a crash
         tmp = path.with_suffix(".tmp")
-        tmp.write_text("".join(kept))
-        os.replace(tmp, path)
+        try:
+            tmp.write_text("".join(kept))
+            os.replace(tmp, path)
+        except OSError as e:
+            raise UserError(f"{path} can't be written ({e.strerror}); free some space or choose another --out_dir") from e
 
     def write(self, values):
-        with open(self.path, "a") as file:
-            file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}) + "\n")
+        except OSError as e:
+            raise UserError(f"{self.path} can't be written ({e.strerror}); free some space; --resume goes on from the last checkpoint") from e
 
 
 def read_log(path):

@@ -132,23 +132,40 @@ def save_bpe(ranks, path):
 # writing
 
 class replacing:
-    """`with replacing(path) as file`: write path whole or not at all (a temporary file, fsynced, renamed)."""
+    """`with replacing(path) as file`: write path whole or not at all (a temporary file, fsynced, renamed).
+    UserError: it can't be written (a full disk, a read-only folder); what was there before stays."""
     def __init__(self, path):
         self.path, self.tmp = Path(path), Path(f"{path}.{os.getpid()}.tmp")
+
     def __enter__(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.tmp, "wb")
-        return self.file
-    def __exit__(self, kind, *_):
         try:
-            if kind is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.tmp, "wb")
+        except OSError as e:
+            raise self._failed(e) from e
+        return self.file
+
+    def __exit__(self, kind, error, _):
+        try:
+            if error is None:
                 self.file.flush()
                 os.fsync(self.file.fileno())
                 self.file.close()
                 os.replace(self.tmp, self.path)
+        except OSError as e:
+            raise self._failed(e) from e
         finally:
-            self.file.close()
+            try:
+                self.file.close()
+            except OSError:
+                pass  # the same failure again, as its buffer is flushed
             self.tmp.unlink(missing_ok=True)
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save wraps what the disk said
+        if isinstance(cause, OSError) and cause.filename is None:
+            raise self._failed(cause) from error
+
+    def _failed(self, error):
+        return UserError(f"{self.path} can't be written ({error.strerror or error}); what was there before is kept; free some space or choose another folder")
 
 
 def write_tokens(path, pieces, tokenizer, bar=None):

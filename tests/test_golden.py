@@ -2,8 +2,7 @@
 import pytest
 import torch
 
-from golden import G, LAYER, cocomix, concept_model, golden, official_loss, sae, weights
-from model import TopK
+from golden import G, LAYER, cocomix, concept_model, golden, official_loss, sae
 from sae import normalize
 
 X = golden("x")

@@ -230,3 +230,24 @@ def test_methods_start_from_the_same_shared_weights():
         states.append(GPT(ModelConfig(16, 61, 3, 2, 24, insert=insert, n_concepts=40, concept_k=5)).state_dict())
     for name in states[0]:
         assert all(torch.equal(state[name], states[0][name]) for state in states)
+
+
+def test_gpt2_weights_load_from_a_folder_in_the_hubs_layout(tmp_path):
+    from config import UserError
+    from model import load_gpt
+    model = tiny_gpt(torch.float32, n_embd=128, vocab_size=61)
+    state = {}
+    for name, t in model.state_dict().items():
+        conv = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        state[name] = t.T.contiguous() if conv else t[:61] if name == "wte.weight" else t
+    for i in range(3):
+        state[f"h.{i}.attn.bias"] = torch.ones(1, 1, 16, 16)  # the mask buffer of old files
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    loaded, tokenizer = load_gpt(str(tmp_path))
+    assert tokenizer == "gpt2" and loaded.config.n_layer == 3 and loaded.config.block_size == 16 and loaded.config.vocab_size == 61
+    idx = torch.randint(61, (2, 9))
+    torch.testing.assert_close(loaded(idx).logits, model(idx).logits)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="not GPT-2's weights"):
+        load_gpt(str(tmp_path))

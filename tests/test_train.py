@@ -1,7 +1,6 @@
 """The training loop: it learns, it resumes bit for bit, it stops cleanly; and the commands around it."""
 import json
 import math
-import os
 import signal
 import subprocess
 import sys

@@ -52,12 +52,12 @@ def sparse_decode(top, weight):
 def gathered_dot(indices, weight, x):
     """(x @ weight.T) at the given columns alone: indices (N, k), weight (C, d), x (N, d) → (N, k).
 
-    It is the gradient of an embedding bag for its per-sample weights, so the (N, k, d) gather never exists.
+    It is the gradient of an embedding bag for its per-sample weights, whose kernel makes no (N, k, d) gather.
     """
-    with torch.enable_grad():
-        ones = torch.ones(indices.shape, dtype=x.dtype, device=x.device, requires_grad=True)
-        bag = F.embedding_bag(indices, weight.detach().to(x.dtype), mode="sum", per_sample_weights=ones)
-    return torch.autograd.grad(bag, ones, x.detach())[0]
+    N, k = indices.shape
+    first = torch.arange(0, N * k, k, device=x.device)
+    bag = torch.arange(N, device=x.device).repeat_interleave(k)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(x, weight.to(x.dtype), indices.flatten(), first, bag, 0).view(N, k)
 
 
 def sparse_outer(top, x, n_rows):

@@ -121,9 +121,9 @@ def load_sae(name, layer, d, device="cpu", gpt=None):
         if not path.is_file():
             raise UserError(f"no SAE at {path}; train one: python sae.py config/stdlib_sae.py, or use --sae=openai for GPT-2")
         info = read_info(path)
-        if info and info["concept_layer"] != layer:
+        if info.get("concept_layer", layer) != layer:
             raise UserError(f"{path} was trained on layer {info['concept_layer']}, not on concept_layer={layer}; set --concept_layer={info['concept_layer']}")
-        if info and gpt is not None and info["concept_model_hash"] != model_hash(gpt):
+        if info and gpt is not None and info.get("concept_model_hash") not in (None, model_hash(gpt)):
             raise UserError(f"{path} was trained on another concept model (as {info['concept_model']} was then); train it again: python sae.py --concept_model=…")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

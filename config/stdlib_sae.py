@@ -6,6 +6,6 @@ out_dir = "out/stdlib/sae"
 n_concepts = 2048
 k = 16
 k_aux = 64               # a power of two near half the width
-max_tokens = 800_000
+max_tokens = 500_000
 batch_size = 2048
 learning_rate = 2e-3

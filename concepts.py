@@ -19,7 +19,7 @@ import torch
 import config
 import data
 from config import UserError, key
-from model import TopK, gathered_dot, linear_cross_entropy, load_checkpoint, load_gpt, pick_device
+from model import RUN, TopK, gathered_dot, linear_cross_entropy, load_checkpoint, load_gpt, pick_device
 from sae import check_layer, hidden_states, load_sae, normalize
 
 SELECTS, ATTRIBUTIONS, SIGNS = ("attribution", "activation"), ("code", "paper"), ("raise", "lower", "abs")
@@ -31,34 +31,39 @@ class ConceptModel:
     select        attribution, or activation: the attr_k strongest concepts
     attribution   code: a_i over the active concepts, as above; paper: over all C, with the values before TopK (eq. 1)
     sign          raise: the largest a_i (paper and code); lower: the largest -a_i; abs: the largest |a_i|
+    bf16          the GPT's matrix products in bfloat16 (the SAE's stay in float32)
     """
-    def __init__(self, gpt, sae, layer, attr_k=4, select="attribution", attribution="code", sign="raise"):
+    def __init__(self, gpt, sae, layer, attr_k=4, select="attribution", attribution="code", sign="raise", bf16=False):
         check_layer(gpt, layer)
-        if attr_k > (sae.k if select == "activation" or attribution == "code" else len(sae.encoder)):
-            raise UserError(f"attr_k={attr_k} labels can't be chosen among the SAE's {sae.k} active concepts")
-        self.gpt, self.sae, self.layer = gpt, sae, layer
+        among = sae.k if select == "activation" or attribution == "code" else len(sae.encoder)
+        if attr_k > among:
+            raise UserError(f"attr_k={attr_k} labels can't be chosen among {among} concepts")
+        self.gpt, self.sae, self.layer, self.bf16 = gpt, sae, layer, bf16
         self.attr_k, self.select, self.attribution, self.sign = attr_k, select, attribution, sign
 
     def labels(self, idx, targets):
-        """The concepts to predict at each position: tokens and targets (B, T) → (B, T, attr_k) int64, best first."""
-        h = hidden_states(self.gpt, idx, self.layer)
-        x = normalize(h)[0].to(self.sae.encoder.dtype)
-        with torch.no_grad():
-            active = self.sae.encode(x)
-        if self.select == "activation":
-            return active.indices[..., :self.attr_k]
-        grad = self.loss_gradient(h, targets)
-        if self.attribution == "paper":
-            return torch.stack([self._signed(a).topk(self.attr_k).indices for a in self._attributions_of_all(x, grad)])
-        scores = self._signed(self.attributions(active, grad).values)
-        scores = scores.masked_fill(active.values <= 0, -torch.inf)  # the active ones only
-        best = scores.topk(self.attr_k)
-        labels = active.indices.gather(-1, best.indices)
-        return torch.where(best.values == -torch.inf, labels[..., :1], labels)  # fewer than attr_k active: the best again
+        """The concepts to predict at each position: tokens and targets (B, T) → (B, T, attr_k) int64, best first.
+
+        Attribution in the code's form chooses among concepts above 0; where fewer than attr_k are, the best stands again.
+        """
+        with torch.autocast(idx.device.type, enabled=False):  # the same precision wherever this is called from
+            h = hidden_states(self.gpt, idx, self.layer, self.bf16)
+            x = normalize(h)[0].to(self.sae.encoder.dtype)
+            with torch.no_grad():
+                active = self.sae.encode(x)
+            if self.select == "activation":
+                return active.indices[..., :self.attr_k]
+            grad = self.loss_gradient(h, targets)
+            if self.attribution == "paper":
+                return torch.stack([self._signed(a).topk(self.attr_k).indices for a in self._attributions_of_all(x, grad)])
+            scores = self._signed(self.attributions(active, grad).values).masked_fill(active.values <= 0, -torch.inf)
+            best = scores.topk(self.attr_k)
+            labels = active.indices.gather(-1, best.indices)
+            return torch.where(best.values == -torch.inf, labels[..., :1], labels)
 
     def loss_gradient(self, h, targets):
         """g = ∂(mean next-token loss) / ∂h, for hidden states h (B, T, d) after block `layer` → (B, T, d)."""
-        with torch.enable_grad(), torch.autocast(h.device.type, dtype=torch.bfloat16, enabled=h.device.type == "cuda"):
+        with torch.enable_grad(), torch.autocast(h.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             h = h.detach().requires_grad_()
             end = self.gpt.blocks(h, self.layer + 1, self.gpt.config.n_layer)[0]
             loss = linear_cross_entropy(self.gpt.ln_f(end), self.gpt.wte.weight, targets, self.gpt.config.vocab_size)
@@ -78,21 +83,21 @@ class ConceptModel:
     def _signed(self, a):
         return {"raise": a, "lower": -a, "abs": a.abs()}[self.sign]
 
-    def flops_per_token(self):
-        """Operations to make a token's labels: the whole forward, the SAE's encoder, and, for attribution, the upper
+    def flops_per_token(self, block_size=None):
+        """Operations to make a token's labels, in a context of block_size tokens: the whole forward, the SAE's encoder, and, for attribution, the upper
         blocks' and the head's gradient for their inputs."""
-        c = self.gpt.config
-        forward = self.gpt.flops_per_token(backward=False)
-        upper = forward - (self.layer + 1) * (24 * c.n_embd ** 2 + 2 * c.n_embd * c.block_size)
+        d, block_size = self.gpt.config.n_embd, block_size or self.gpt.config.block_size
+        forward = self.gpt.flops_per_token(backward=False, block_size=block_size)
+        upper = forward - (self.layer + 1) * (24 * d ** 2 + 2 * d * block_size)
         if self.select == "activation":
             forward, upper = forward - upper, 0
         return forward + upper + self.sae.flops_per_token()
 
 
 def load_concept_model(concept_model, sae, layer, device, **choices):
-    """(ConceptModel, its tokenizer's name) from the keys `concept_model`, `sae` and `concept_layer`."""
+    """(ConceptModel, its tokenizer's hash) from the keys `concept_model`, `sae` and `concept_layer`."""
     gpt, tokenizer = load_gpt(concept_model, device)
-    check_layer(gpt, layer)
+    check_layer(gpt, layer)  # before an SAE is looked for there
     return ConceptModel(gpt, load_sae(sae, layer, gpt.config.n_embd, device, gpt), layer, **choices), tokenizer
 
 
@@ -102,7 +107,7 @@ def of_run(content, device):
     if t["method"] != "cocomix":
         return None
     return load_concept_model(t["concept_model"], t["sae"], t["concept_layer"], device, attr_k=t["attr_k"], select=t["select"],
-                              attribution=t["attribution"], sign=t["attribution_sign"])[0]
+                              attribution=t["attribution"], sign=t["attribution_sign"], bf16=device.type == "cuda" and t["dtype"] != "float32")[0]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -115,11 +120,11 @@ class Config:
     device: str = key("auto", "cpu, cuda, mps; auto takes the fastest there is")
 
 
-def use(concept_model, dataset, block_size, tokens, device):
+def use(concept_model, content, tokens, device):
     """How the label concepts are used on `tokens` tokens of val: (Counter of labels, {concept: Counter of the tokens it is
     a label at}, {concept: Counter of the tokens that follow})."""
-    count, at, then = Counter(), {}, {}
-    for x, y in data.sequential(data.load_tokens(dataset, "val")[:tokens + 1], block_size, 8):
+    count, at, then, shape = Counter(), {}, {}, content["model_config"]
+    for x, y in data.sequential(data.tokens_of_run(content, "val")[:tokens + 1], shape["block_size"], 8, shape["vocab_size"]):
         x, y = x.to(device), y.to(device)
         labels = concept_model.labels(x, y)
         for concepts, here, following in zip(labels.flatten(0, 1).tolist(), x.flatten().tolist(), y.flatten().tolist()):
@@ -131,14 +136,14 @@ def use(concept_model, dataset, block_size, tokens, device):
 
 
 def main(argv):
-    cfg, runs = config.parse(Config, argv, __doc__, most=1)
+    cfg, runs = config.parse(Config, argv, __doc__, most=1, files=False)
     device = pick_device(cfg.device)
-    content = load_checkpoint(runs[0] if runs else None, ("model_config", "model", "train_config", "tokenizer"))
+    content = load_checkpoint(runs[0] if runs else None, RUN)
     concept_model = of_run(content, device)
     if concept_model is None:
         raise UserError(f"a run of method {content['train_config']['method']!r} has no concepts; name a cocomix run")
     tokenizer = data.load_tokenizer(content["tokenizer"])
-    count, at, then = use(concept_model, content["train_config"]["dataset"], content["model_config"]["block_size"], cfg.tokens, device)
+    count, at, then = use(concept_model, content, cfg.tokens, device)
     total = count.total() / concept_model.attr_k
     show = lambda counter: "  ".join(repr(tokenizer.decode([t])) for t, _ in counter.most_common(6))
     print(f"{len(count):,} of {len(concept_model.sae.encoder):,} concepts were labels on {total:,.0f} tokens of val\n")

@@ -10,7 +10,6 @@ exponential. The concept loss and the hit rate (the share of the label concepts 
 predicted ones) are measured against the concept model the run was trained with.
 """
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import concepts
 import config
 import data
 from config import UserError, key
-from model import find_checkpoint, load_checkpoint, load_model, pick_device
+from model import RUN, find_checkpoint, load_checkpoint, load_model, perplexity, pick_device
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,10 @@ class Config:
 def evaluate(content, device, tokens=None, batch_size=16):
     """A checkpoint's content → dict: loss (nats), perplexity, and for a CoCoMix run concept_loss and hit_rate."""
     model, concept_model = load_model(content, device), concepts.of_run(content, device)
-    val = data.load_tokens(content["train_config"]["dataset"], "val")[:None if tokens is None else tokens + 1]
+    val = data.tokens_of_run(content, "val")[:None if tokens is None else tokens + 1]
     loss, concept_loss, hits, count = 0.0, 0.0, 0.0, 0
     with config.progress(len(val) - 1, "evaluate", "tok", unit_scale=True, leave=False) as bar:
-        for x, y in data.sequential(val, model.config.block_size, batch_size):
+        for x, y in data.sequential(val, model.config.block_size, batch_size, model.config.vocab_size):
             x, y = x.to(device), y.to(device)
             labels = None if concept_model is None else concept_model.labels(x, y)
             out = model(x, y, labels)
@@ -50,7 +49,7 @@ def evaluate(content, device, tokens=None, batch_size=16):
                 hits += (labels[..., :, None] == out.concepts.indices[..., None, :]).any(-1).float().mean(-1).sum().item()
             count += y.numel()
             bar.update(y.numel())
-    row = dict(loss=loss / count, perplexity=math.exp(loss / count), val_tokens=count)
+    row = dict(loss=loss / count, perplexity=perplexity(loss / count), val_tokens=count)
     if concept_model is not None:
         row |= dict(concept_loss=concept_loss / count, hit_rate=hits / count)
     return row
@@ -62,10 +61,10 @@ def training(log):
     steps = [line for line in log if "loss" in line]
     end = steps[-1] if steps else dict(step=0, tokens=0, seconds=0.0)
     return dict(step=end["step"], tokens=end["tokens"], seconds=end["seconds"], tokens_per_s=end["tokens"] / end["seconds"] if end["seconds"] else None,
-                flops_per_token=start["flops_per_token"], device=start["device"], source_hash=start.get("source_hash"))
+                **{name: start.get(name) for name in ("flops_per_token", "device", "torch", "source_hash", "active_params", "params")})
 
 
-COLUMNS = (("run", "run", "{}"), ("method", "method", "{}"), ("loss", "val loss", "{:.4f}"), ("perplexity", "perplexity", "{:.2f}"), ("tokens", "tokens", "{:,}"),
+COLUMNS = (("run", "run", "{}"), ("method", "method", "{}"), ("mix", "mix", "{}"), ("select", "labels by", "{}"), ("loss", "val loss", "{:.4f}"), ("perplexity", "perplexity", "{:.2f}"), ("tokens", "tokens", "{:,}"),
            ("tokens_per_s", "tokens/s", "{:,.0f}"), ("seconds", "train s", "{:.0f}"), ("active_params", "active", "{:,}"), ("params", "params", "{:,}"),
            ("concept_loss", "concept loss", "{:.3f}"), ("hit_rate", "hit rate", "{:.1%}"))
 
@@ -74,7 +73,7 @@ def table(rows):
     """Rows (dicts) as lines of text, a column for each of COLUMNS; – where a row has no value."""
     cells = [[title for _, title, _ in COLUMNS]] + [["–" if row.get(name) is None else form.format(row[name]) for name, _, form in COLUMNS] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in cells]
+    lines = ["  ".join(cell.ljust(w) if i < 4 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in cells]
     return "\n".join([lines[0], "─" * len(lines[0])] + lines[1:])
 
 
@@ -110,15 +109,17 @@ def plot(path, logs):
     axes[0].set_ylabel("validation loss (nats a token)")
     axes[0].legend(frameon=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as e:
-        raise UserError(f"plot={path!r}: {e}") from e
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def main(argv):
-    cfg, runs = config.parse(Config, argv, __doc__)
+    cfg, runs = config.parse(Config, argv, __doc__, files=False)
+    if cfg.plot and Path(cfg.plot).suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"plot={cfg.plot!r}: expected a path that ends in .png, .svg or .pdf")
+    for path in filter(None, (cfg.plot, cfg.write)):
+        if Path(path).is_dir():
+            raise UserError(f"{path} is a folder; name a file in it")
     device = pick_device(cfg.device)
     paths = [find_checkpoint(run) for run in runs or [None]]
     names = [path.parent.name for path in paths]
@@ -130,14 +131,17 @@ def main(argv):
         print(course(logs))
         paths = []
     for name, path in zip(names, paths):
-        content = load_checkpoint(path, ("model_config", "model", "train_config", "tokenizer"))
-        row = dict(run=name, method=content["train_config"]["method"])
-        if content["train_config"]["method"] == "cocomix" or content["train_config"]["method"] == "pause":
-            row["mix"] = content["train_config"]["mix"]
+        content = load_checkpoint(path, RUN)
+        trained = content["train_config"]
+        row = dict(run=name, method=trained["method"])
+        if trained["method"] != "ntp":
+            row["mix"] = trained["mix"]
+        if trained["method"] == "cocomix":
+            row["select"] = trained["select"]
         log_path = path.parent / "log.jsonl"
         if log_path.is_file() and (log := config.read_log(log_path)):
             logs[name] = log
-            row |= training(log) | {k: log[0][k] for k in ("active_params", "params")}
+            row |= training(log)
         row |= evaluate(content, device, cfg.tokens, cfg.batch_size)
         rows.append(row)
     if rows:

@@ -121,6 +121,8 @@ def chunk_rows(device, width):
 class _LinearTopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, labels, k, n_valid, grad):
+        # grad: whether gradients are wanted, since grad mode is always off in here. z becomes exp(z - max) in place, so
+        # what is needed of z itself (its TopK, its values at the labels) is taken first.
         N, C = len(x), len(weight)
         ctx.set_materialize_grads(False)
         loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
@@ -160,14 +162,14 @@ class _LinearTopK(torch.autograd.Function):
                     if dw is not None:
                         scaled = (x[chunk] * scale).to(x.dtype)
                         dw.addmm_(e.T, scaled) if dw.dtype == x.dtype else dw.add_(e.T @ scaled)
-        ctx.save_for_backward(x, weight, values, indices, dx, dw, db)
+        ctx.save_for_backward(x, weight, indices, dx, dw, db)
         ctx.has_bias = bias is not None
         ctx.mark_non_differentiable(indices)
         return values, indices, loss / N
 
     @staticmethod
     def backward(ctx, grad_values, _, grad_loss):
-        x, weight, values, indices, dx, dw, db = ctx.saved_tensors
+        x, weight, indices, dx, dw, db = ctx.saved_tensors
         dx, dw, db = (None if t is None or grad_loss is None else t * grad_loss for t in (dx, dw, db))
         if grad_values is not None and grad_values.shape[1]:
             top = TopK(grad_values, indices)
@@ -212,6 +214,7 @@ class ModelConfig:
         check(self.vocab_size <= 1 << 16, f"vocab_size={self.vocab_size} is over 65536: token files are uint16")
         check(self.insert in INSERTS, f"insert={self.insert!r}: expected one of {', '.join(INSERTS)}")
         check(self.mix in MIXES, f"mix={self.mix!r}: expected one of {', '.join(MIXES)}")
+        check(self.insert != "pause" or self.mix != "none", "mix='none' with pause vectors would insert nothing: that is method='ntp'")
         if self.insert != "none":
             check(0 <= self.insert_layer < self.n_layer, f"insert_layer={self.insert_layer} is outside the stack of {self.n_layer} blocks (0 to {self.n_layer - 1})")
         if self.insert == "concept":
@@ -230,13 +233,13 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout = config.n_head, config.dropout
 
-    def forward(self, x, read=None, cache=None):
+    def forward(self, x, queries=None, cache=None):
         B, T, d = x.shape
-        if read is None:
+        if queries is None:
             q, k, v = self.c_attn(x).split(d, dim=-1)
-        else:  # queries at the read positions only
+        else:  # the other positions serve as keys and values only
             weight, bias = self.c_attn.weight, self.c_attn.bias
-            q = F.linear(x[:, read], weight[:d], None if bias is None else bias[:d])
+            q = F.linear(x[:, queries], weight[:d], None if bias is None else bias[:d])
             k, v = F.linear(x, weight[d:], None if bias is None else bias[d:]).split(d, dim=-1)
         q, k, v = (t.view(B, -1, self.n_head, d // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, heads, T, d/heads)
         past = 0
@@ -244,9 +247,9 @@ class Attention(nn.Module):
             past = cache.length
             k, v = cache.append(k, v)
         mask = None
-        if past or read is not None:  # query i stands at position past + i, and sees the keys up to itself
+        if past or queries is not None:  # query i stands at position past + i, and sees the keys up to itself
             at = torch.arange(past, past + T, device=x.device)
-            mask = (at if read is None else at[read])[:, None] >= torch.arange(past + T, device=x.device)
+            mask = (at if queries is None else at[queries])[:, None] >= torch.arange(past + T, device=x.device)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout if self.training else 0.0)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
@@ -270,9 +273,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, read=None, cache=None):
-        """(B, T, d) → (B, T, d), or the positions x[:, read] alone: the others serve as keys only."""
-        x = (x if read is None else x[:, read]) + self.drop(self.attn(self.ln_1(x), read, cache))
+    def forward(self, x, queries=None, cache=None):
+        """(B, T, d) → (B, T, d), or the positions x[:, queries] alone: the others serve as keys only."""
+        x = (x if queries is None else x[:, queries]) + self.drop(self.attn(self.ln_1(x), queries, cache))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
@@ -291,10 +294,12 @@ class Concepts(nn.Module):
         super().__init__()
         self.k = config.concept_k
         self.predict = nn.Linear(config.n_embd, config.n_concepts)                       # M, b_M
-        self.compress = nn.Parameter(torch.empty(config.n_concepts, config.n_embd))      # W, a row a concept: W_:,i
-        self.compress_bias = nn.Parameter(torch.zeros(config.n_embd))                    # b_W
         self.bias = nn.Parameter(torch.zeros(config.n_embd))                             # b
-        nn.init.normal_(self.compress, std=0.02)
+        self.mixes = config.mix != "none"
+        if self.mixes:
+            self.compress = nn.Parameter(torch.empty(config.n_concepts, config.n_embd))  # W, a row a concept: W_:,i
+            self.compress_bias = nn.Parameter(torch.zeros(config.n_embd))                # b_W
+            nn.init.normal_(self.compress, std=0.02)
 
     def normalize(self, h):
         mean, std = h.mean(-1, keepdim=True), h.std(-1, keepdim=True)
@@ -305,15 +310,16 @@ class Concepts(nn.Module):
         return self.predict(self.normalize(h)[0])
 
     def forward(self, h, labels=None, scale=None):
-        """(ĉ, the concepts kept, the concept loss or None). scale: a factor for each z_i, (C,) or (B, 1, C):
+        """(ĉ or None if none is mixed in, the concepts kept, the concept loss or None). scale: a factor for each z_i, (C,) or (B, 1, C):
         steering (section 3.3); it leaves the loss out."""
         normal, mean, std = self.normalize(h)
         if scale is None:
             top, loss = linear_topk(normal, self.predict.weight, self.predict.bias, self.k, labels)
         else:
             top, loss = TopK(*(self.predict(normal) * scale).topk(self.k)), None
-        c = (sparse_decode(top, self.compress) + self.compress_bias + self.bias) * std + mean
-        return c, top, loss
+        if not self.mixes:
+            return None, top, loss
+        return (sparse_decode(top, self.compress) + self.compress_bias + self.bias) * std + mean, top, loss
 
 
 class Pause(nn.Module):
@@ -376,8 +382,8 @@ class GPT(nn.Module):
             if self.inserted is not None and i == config.insert_layer:
                 c, concepts, concept_loss = self.inserted(x, labels, scale)
                 x = mix(x, c, config.mix)  # (B, 2T, d) if interleaved
-            read = slice(1, None, 2) if config.interleaved and i == config.n_layer - 1 else None
-            x = self.h[i](x, read, None if cache is None else cache[i])
+            queries = slice(1, None, 2) if config.interleaved and i == config.n_layer - 1 else None
+            x = self.h[i](x, queries, None if cache is None else cache[i])
         return x, concepts, concept_loss
 
     def forward(self, idx, targets=None, labels=None, scale=None):
@@ -402,16 +408,16 @@ class GPT(nn.Module):
     def num_params(self, active=False):
         """Parameters. active: of the compress matrix only the concept_k rows that a position uses count."""
         total = sum(p.numel() for p in self.parameters())
-        if active and self.config.insert == "concept":
+        if active and self.config.insert == "concept" and self.config.mix != "none":
             total -= (self.config.n_concepts - self.config.concept_k) * self.config.n_embd
         return total
 
-    def flops_per_token(self, backward=True):
+    def flops_per_token(self, backward=True, block_size=None):
         """Floating-point operations a token needs at the least, a multiply-add as two.
 
         Matrix products and attention (causal, so half of the square); interleaved positions counted as two,
         the last block's queries and MLP at one; the concept head, the kept rows of the compress matrix and
-        the tied head included. backward: forward and twice as much again.
+        the tied head included. backward: forward and twice as much again. block_size: tokens of context (none: the model's).
         """
         c, d = self.config, self.config.n_embd
         flops = 2 * d * c.vocab_size
@@ -419,7 +425,7 @@ class GPT(nn.Module):
             positions = 2 if c.interleaved and i >= c.insert_layer else 1
             queries = 1 if i == c.n_layer - 1 else positions
             flops += 2 * d * d * (2 * positions + 10 * queries)  # keys and values; queries, projection and MLP
-            flops += queries * 4 * d * positions * c.block_size // 2
+            flops += queries * 4 * d * positions * (block_size or c.block_size) // 2
         if c.insert == "concept":
             flops += 2 * d * c.n_concepts + (2 * d * c.concept_k if c.mix != "none" else 0)
         return flops * (3 if backward else 1)
@@ -442,7 +448,7 @@ class GPT(nn.Module):
         start, cache, seen = 0, None, []
         for _ in range(max_new_tokens):
             if idx.shape[1] - start > c.block_size:
-                start, cache = idx.shape[1] - c.block_size // 2, None
+                start, cache = idx.shape[1] - max(1, c.block_size // 2), None
             if not use_cache or cache is None:
                 cache, new, past = self.new_cache(B) if use_cache else None, idx[:, start:], 0
             else:
@@ -455,6 +461,7 @@ class GPT(nn.Module):
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)
             else:
+                logits -= logits.amax(-1, keepdim=True)  # so that a tiny temperature does not overflow
                 token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
             idx = torch.cat((idx, token), dim=1)
         concepts = TopK(*(torch.stack(t, dim=1) for t in zip(*seen))) if seen and seen[0] is not None else None
@@ -478,6 +485,9 @@ class LayerCache:
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints and devices
 
+RUN = ("model_config", "model", "train_config", "tokenizer", "tokenizer_hash")  # what a run's checkpoint holds at least
+
+
 def save_checkpoint(path, **content):
     """Write a checkpoint whole or not at all: a temporary file, fsynced, renamed."""
     with replacing(path) as file:
@@ -495,6 +505,8 @@ def find_checkpoint(run=None):
         return path
     path = Path(run) / "ckpt.pt" if Path(run).is_dir() else Path(run)
     if not path.is_file():
+        if (path.parent / "sae_ckpt.pt").is_file():
+            raise UserError(f"{path.parent} is an SAE's folder; name the run of a model, such as out/stdlib/cocomix")
         raise UserError(f"no checkpoint at {path}; train it first (python train.py config/…), or name another run under out/")
     return path
 
@@ -529,12 +541,29 @@ def model_checkpoint(model, **more):
     return dict(model_config=asdict(model.config), model=model.state_dict(), **more)
 
 
+def _mps_works():
+    try:
+        one = torch.ones(1, 1, device="mps")
+        gathered_dot(torch.zeros(1, 1, dtype=torch.long, device="mps"), one, one)
+        return True
+    except (NotImplementedError, RuntimeError):
+        return False
+
+
+def perplexity(loss):
+    """exp(loss), infinite where that is beyond a float."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
 def pick_device(name="auto"):
-    """torch.device of a name; "auto" takes CUDA, else MPS, else the CPU. UserError: it isn't there."""
+    """torch.device of a name; "auto" takes CUDA, else MPS if its torch can do the sparse products, else the CPU.
+    UserError: it isn't there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and _mps_works() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("expected cpu, cuda or mps")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"device={name!r} is not available here ({str(e).splitlines()[0]})") from e
@@ -542,15 +571,17 @@ def pick_device(name="auto"):
 
 
 def load_gpt(name, device="cpu"):
-    """(a frozen GPT, its tokenizer's name): "gpt2" (124M, from the hub), a folder or file of GPT-2 weights in the
+    """(a frozen GPT, its tokenizer's hash): "gpt2" (124M, from the hub), a folder or file of GPT-2 weights in the
     hub's layout (pytorch_model.bin, model.safetensors), or a checkpoint of ours (a run's folder or its ckpt.pt)."""
     folder = Path(name)
     weights = next((folder / f for f in ("pytorch_model.bin", "model.safetensors") if (folder / f).is_file()), folder)
     if name == "gpt2" and not folder.exists():
         weights = Path(_from_hub("openai-community/gpt2", "pytorch_model.bin"))
     if weights.name == "ckpt.pt" or weights.suffix not in (".bin", ".safetensors"):
-        content = load_checkpoint(weights)
-        model, tokenizer = load_model(content, device), content["tokenizer"]
+        if name.startswith("gpt2-") and not folder.exists():
+            raise UserError(f"concept_model={name!r}: only gpt2 is fetched by name; bring its files and name their folder")
+        content = load_checkpoint(weights, ("model_config", "model", "tokenizer_hash"))
+        model, tokenizer = load_model(content, device), content["tokenizer_hash"]
     else:
         model, tokenizer = _gpt2(_read_weights(weights)).to(device).eval(), "gpt2"
     return model.requires_grad_(False), tokenizer
@@ -598,11 +629,15 @@ def gpt2_state(state):
 def _gpt2(state):
     """GPT-2 of any size, its shape read off the weights (heads of 64 features, as all of GPT-2's are)."""
     try:
+        if not isinstance(state, dict):
+            raise ValueError("no dict of tensors")
         vocab_size, n_embd = next(t.shape for n, t in state.items() if n.endswith("wte.weight"))
+        if n_embd % 64:
+            raise ValueError(f"a width of {n_embd} is no multiple of 64")
         state = gpt2_state(state)
         n_layer = 1 + max(int(n.split(".")[1]) for n in state if n.startswith("h."))
         model = GPT(ModelConfig(block_size=len(state["wpe.weight"]), vocab_size=vocab_size, n_layer=n_layer, n_head=n_embd // 64, n_embd=n_embd))
         model.load_state_dict(state)
         return model
-    except (KeyError, RuntimeError, StopIteration, ValueError) as e:
+    except (KeyError, RuntimeError, StopIteration, ValueError, AttributeError) as e:
         raise UserError(f"these are not GPT-2's weights ({type(e).__name__}: {str(e).splitlines()[-1].strip() if str(e) else 'no wte.weight'})") from e

@@ -47,7 +47,7 @@ class SAE(nn.Module):
         self.latent_bias = nn.Parameter(torch.zeros(n_concepts))  # b_lat
         self.encoder = nn.Parameter(torch.randn(n_concepts, d) / math.sqrt(d))  # W_enc
         self.decoder = nn.Parameter(F.normalize(self.encoder.detach(), dim=1))  # W_dec transposed: a row a direction
-        self.register_buffer("last_active", torch.zeros(n_concepts, dtype=torch.long))  # tokens since it last fired
+        self.register_buffer("since_active", torch.zeros(n_concepts, dtype=torch.long))  # tokens since it last fired
         self.register_buffer("frequency", torch.zeros(n_concepts))    # share of tokens on which it fires
         self.register_buffer("mean_square", torch.zeros(n_concepts))  # of its activation
 
@@ -79,7 +79,7 @@ class SAE(nn.Module):
     def published(self):
         """The state dict of the published layout."""
         return {"pre_bias": self.pre_bias.detach(), "encoder.weight": self.encoder.detach(), "latent_bias": self.latent_bias.detach(),
-                "decoder.weight": self.decoder.detach().T.contiguous(), "stats_last_nonzero": self.last_active,
+                "decoder.weight": self.decoder.detach().T.contiguous(), "stats_last_nonzero": self.since_active,
                 "latents_activation_frequency": self.frequency, "latents_mean_square": self.mean_square,
                 "activation": "TopK", "activation_state_dict": {"k": self.k, "postact_fn": "ReLU"}}
 
@@ -87,13 +87,13 @@ class SAE(nn.Module):
     def from_published(state, path="the file"):
         """An SAE from a state dict of the published layout. UserError: not one, or of a kind not supported here."""
         try:
-            activation, settings = state["activation"], dict(state["activation_state_dict"])
-            (n_concepts, d), k = state["encoder.weight"].shape, int(settings["k"])
+            activation, settings = state["activation"], dict(state.get("activation_state_dict", {}))
+            (n_concepts, d), k = state["encoder.weight"].shape, int(settings.get("k", 0))
             if activation != "TopK" or settings.get("postact_fn", "ReLU") != "ReLU":
                 raise UserError(f"{path} holds a {activation} autoencoder with {settings.get('postact_fn')}; only TopK with ReLU is supported")
             sae = SAE(d, n_concepts, k)
             sae.load_state_dict({"pre_bias": state["pre_bias"], "latent_bias": state["latent_bias"], "encoder": state["encoder.weight"],
-                                 "decoder": state["decoder.weight"].T, "last_active": state["stats_last_nonzero"],
+                                 "decoder": state["decoder.weight"].T, "since_active": state["stats_last_nonzero"],
                                  "frequency": state["latents_activation_frequency"], "mean_square": state["latents_mean_square"]})
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
             raise UserError(f"{path} is not an SAE in the published layout ({type(e).__name__}: {str(e).splitlines()[0]})") from e
@@ -189,7 +189,7 @@ class Config:
     save_interval: int = key(500, "steps between two checkpoints", low=1)
     eval_tokens: int = key(65536, "tokens of val for the report at the end", low=1)
     device: str = key("auto", "cpu, cuda, cuda:1, mps; auto takes the fastest there is")
-    seed: int = key(1337, "of the initialisation and the data order", low=0)
+    seed: int = key(1337, "of the initialisation and the data order", low=0, high=2**32 - 1)
     resume: bool = key(False, "go on from out_dir's checkpoint, if there is one")
 
 
@@ -205,11 +205,11 @@ class HiddenStates:
     def __getitem__(self, step):
         number = step // self.buffer
         if self._round != number:
-            rows = self.batches.batch_size  # blocks at once through the concept model
-            per_round = -(-self.buffer * self.batch_size // (rows * self.batches.block_size))
+            tokens_at_once = self.batches.batch_size * self.batches.block_size  # through the concept model
+            per_round = -(-self.buffer * self.batch_size // tokens_at_once)
             states = []
             for i in range(number * per_round, (number + 1) * per_round):
-                h = hidden_states(self.gpt, self.batches[i][0].to(self.device), self.layer)
+                h = hidden_states(self.gpt, self.batches[i][0].to(self.device), self.layer, self.device.type == "cuda")
                 states.append(normalize(h)[0].flatten(0, 1).float())
             states = torch.cat(states)
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
@@ -220,9 +220,9 @@ class HiddenStates:
 
 
 @torch.no_grad()
-def hidden_states(gpt, idx, layer):
+def hidden_states(gpt, idx, layer, bf16=False):
     """The residual stream after block `layer`: tokens (B, T) → (B, T, d)."""
-    with torch.autocast(idx.device.type, dtype=torch.bfloat16, enabled=idx.device.type == "cuda"):
+    with torch.autocast(idx.device.type, dtype=torch.bfloat16, enabled=bf16):
         return gpt.blocks(gpt.embed(idx), 0, layer + 1)[0]
 
 
@@ -269,7 +269,7 @@ def losses(sae, x, dead, k_aux):
         revived, _ = linear_topk(x - sae.pre_bias, sae.encoder[where], sae.latent_bias[where], min(k_aux, len(where)))
         rebuilt = sparse_decode(TopK(revived.values.relu(), where[revived.indices]), sae.decoder)
         target = residual.detach()
-        aux = variance_share(target - rebuilt, target).nan_to_num(0.0)
+        aux = variance_share(target - rebuilt, target).nan_to_num(0.0, posinf=0.0)
     return fvu, aux, top
 
 
@@ -286,7 +286,7 @@ def report(sae, gpt, layer, tokens, block_size, device, dead_tokens):
     the model's loss plain, with the reconstruction spliced in, and with zeros instead (nats)."""
     sums, count, error, active = dict(plain=0.0, spliced=0.0, zeros=0.0), 0, 0.0, 0.0
     first = second = 0.0
-    for x, y in data.sequential(tokens, block_size, 8):
+    for x, y in data.sequential(tokens, block_size, 8, gpt.config.vocab_size):
         x, y = x.to(device), y.to(device)
         h = hidden_states(gpt, x, layer).float()
         back, top = sae(h)
@@ -300,7 +300,7 @@ def report(sae, gpt, layer, tokens, block_size, device, dead_tokens):
         count += y.numel()
     loss = {name: total / count for name, total in sums.items()}
     return dict(fvu=(error / (second - (first ** 2).sum() / count)).item(), l0=(active / count).item(),
-                dead_share=(sae.last_active >= dead_tokens).double().mean().item(),
+                dead_share=(sae.since_active >= dead_tokens).double().mean().item(),
                 **{f"loss_{name}": value for name, value in loss.items()},
                 loss_recovered=(loss["zeros"] - loss["spliced"]) / (loss["zeros"] - loss["plain"]))
 
@@ -313,8 +313,8 @@ def main(argv):
     gpt, tokenizer = load_gpt(cfg.concept_model, device)
     check_layer(gpt, cfg.concept_layer)
     meta = data.load_meta(cfg.dataset)
-    if meta["tokenizer"] != tokenizer:
-        raise UserError(f"dataset {cfg.dataset!r} is in tokens of {meta['tokenizer']!r}, the concept model {cfg.concept_model} reads {tokenizer!r}")
+    if meta["tokenizer_hash"] != tokenizer:
+        raise UserError(f"dataset {cfg.dataset!r} is in tokens of {meta['tokenizer']!r}; the concept model {cfg.concept_model} was trained on another tokenizer's")
     block_size = cfg.block_size or gpt.config.block_size
     if block_size > gpt.config.block_size:
         raise UserError(f"block_size={block_size} is over the concept model's {gpt.config.block_size}")
@@ -331,7 +331,7 @@ def main(argv):
     if checkpoint.is_file() and not cfg.resume:
         raise UserError(f"{out} holds an SAE run already; --resume goes on with it, --out_dir=… starts another")
     if checkpoint.is_file():
-        content = load_checkpoint(checkpoint, ("sae_config", "sae", "optimizer", "step"))
+        content = load_checkpoint(checkpoint, ("sae_config", "sae", "optimizer", "step", "seconds"))
         config.check_same(content["sae_config"], asdict(cfg), checkpoint, free=("out_dir", "log_interval", "save_interval", "device", "resume"))
         sae.load_state_dict(content["sae"])
         optimizer.load_state_dict(content["optimizer"])
@@ -350,7 +350,7 @@ def main(argv):
         started = time.perf_counter() - seconds
         while step < steps:
             x = states[step]
-            fvu, aux, top = losses(sae, x, sae.last_active >= dead_tokens, cfg.k_aux)
+            fvu, aux, top = losses(sae, x, sae.since_active >= dead_tokens, cfg.k_aux)
             optimizer.zero_grad(set_to_none=True)
             (fvu + cfg.aux_weight * aux).backward()
             project_gradient_(sae)
@@ -359,24 +359,27 @@ def main(argv):
                 sae.decoder.div_(sae.decoder.norm(dim=1, keepdim=True))
                 value, index = top.values.flatten(), top.indices.flatten()
                 fired = torch.zeros_like(sae.frequency).index_add_(0, index, (value > 1e-3).float())
-                sae.last_active.add_(len(x)).masked_fill_(fired > 0, 0)
+                sae.since_active.add_(len(x)).masked_fill_(fired > 0, 0)
                 rate = max(0.01, 1 / (step + 1))  # running means over about the last hundred steps
                 sae.frequency.lerp_(fired / len(x), rate)
                 sae.mean_square.lerp_(torch.zeros_like(fired).index_add_(0, index, value ** 2) / len(x), rate)
             step += 1
             bar.update(len(x))
-            if step % cfg.log_interval == 0 or step == steps:
+            stopping = stop.signal  # read once: a signal in what follows belongs to the next step
+            saving = step % cfg.save_interval == 0 or step == steps or stopping
+            if step % cfg.log_interval == 0 or saving:
                 seconds = time.perf_counter() - started
                 line = dict(step=step, tokens=step * cfg.batch_size, fvu=fvu.item(), aux=aux.item(), l0=(top.values > 0).float().sum(-1).mean().item(),
-                            dead_share=(sae.last_active >= dead_tokens).float().mean().item(), seconds=seconds)
-                if not math.isfinite(line["fvu"] + line["aux"]):
-                    raise UserError(f"the SAE's loss is {line['fvu']} at step {step}; a lower learning_rate than {cfg.learning_rate} may help; the last checkpoint is {checkpoint}")
-                log.write(line)
+                            dead_share=(sae.since_active >= dead_tokens).float().mean().item(), seconds=seconds)
+                if not math.isfinite(line["fvu"] + line["aux"]) or not all(p.isfinite().all() for p in sae.parameters()):
+                    raise UserError(f"the SAE's loss is {line['fvu']} at step {step} or a weight is not finite; a lower learning_rate than {cfg.learning_rate} may help; "
+                                    f"the last good checkpoint is {checkpoint}")
+                if step % cfg.log_interval == 0 or step == steps:
+                    log.write(line)
                 bar.set_postfix_str(f"FVU {line['fvu']:.3f} dead {line['dead_share']:.1%}")
-            if step % cfg.save_interval == 0 or step == steps or stop.signal:
-                seconds = time.perf_counter() - started
+            if saving:
                 save()
-            if stop.signal:
+            if stopping:
                 return stop.leave(checkpoint, step)
     val = data.load_tokens(cfg.dataset, "val")[:cfg.eval_tokens + 1]
     info = dict(concept_model=cfg.concept_model, concept_model_hash=model_hash(gpt), concept_layer=cfg.concept_layer, dataset=cfg.dataset, n_concepts=cfg.n_concepts, k=cfg.k,

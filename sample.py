@@ -8,7 +8,6 @@
 Steering multiplies a concept's logit z_i before TopK, at every position (section 3.3 of the paper: -10 … 10).
 """
 import math
-import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 import config
 import data
 from config import UserError, key
-from model import load_checkpoint, load_model, pick_device
+from model import RUN, load_checkpoint, load_model, pick_device
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ class Config:
     max_new_tokens: int = key(100, "tokens a text", low=1)
     temperature: float = key(0.8, "0 takes the likeliest token; 1 samples as the model says", low=0)
     top_k: int | None = key(200, "sample among so many likeliest tokens (none: all)", low=1)
-    seed: int = key(1337, "of the sampling", low=0)
-    steer: str | None = key(None, "ID:FACTOR,ID:FACTOR; alone: three concepts that the model uses often", bare="auto")
+    seed: int = key(1337, "of the sampling", low=0, high=2**32 - 1)
+    steer: str | None = key(None, "ID:FACTOR,ID:FACTOR; alone: three concepts that the model uses often", bare="auto", follows=r"-?\d+:")
     inspect: bool = key(False, "print each new token's strongest predicted concepts")
     tokens: int = key(32768, "tokens of val from which --steer alone learns which concepts are used", low=256)
     device: str = key("auto", "cpu, cuda, mps; auto takes the fastest there is")
@@ -46,8 +45,8 @@ def parse_steer(text, n_concepts):
             raise UserError(f"steer={part!r}: expected ID:FACTOR, such as 17:6") from None
         if not 0 <= concept < n_concepts:
             raise UserError(f"steer={part!r}: the model has concepts 0 to {n_concepts - 1}")
-        if not math.isfinite(value):
-            raise UserError(f"steer={part!r}: the factor must be a finite number, such as -10 to 10")
+        if not abs(value) <= 1000:  # NaN too
+            raise UserError(f"steer={part!r}: the factor must be a number from -1000 to 1000; the paper's are -10 to 10")
         factors[concept] = value
     return factors
 
@@ -61,11 +60,11 @@ def scale_of(factors, n_concepts, device):
 
 
 @torch.no_grad()
-def usage(model, dataset, tokens, device, strongest=4):
+def usage(model, content, tokens, device, strongest=4):
     """Which concepts the model predicts (its `strongest` at each position) on val, and before which tokens:
     (how often each, {concept: Counter of the next token}, share of each token)."""
     count, then, overall = Counter(), {}, Counter()
-    for x, y in data.sequential(data.load_tokens(dataset, "val")[:tokens + 1], model.config.block_size, 8):
+    for x, y in data.sequential(data.tokens_of_run(content, "val")[:tokens + 1], model.config.block_size, 8, model.config.vocab_size):
         out = model(x.to(device), y.to(device))
         top = out.concepts.indices[..., :strongest].flatten(0, -2).tolist()
         following = y.flatten().tolist()
@@ -79,14 +78,14 @@ def usage(model, dataset, tokens, device, strongest=4):
 
 
 @torch.no_grad()
-def choose(model, idx, dataset, tokens, device, n=3, candidates=32, factors=(-8.0, 8.0)):
+def choose(model, idx, content, tokens, device, n=3, candidates=32, factors=(-8.0, 8.0)):
     """Concepts to show: of the often used, the n that steer best.
 
     A concept's own tokens are the five with the highest lift: how much more often they follow where the model
     predicts it than elsewhere. It steers well where a factor raises the share of the model's next-token
     probability, at the prompt's last position, that its own tokens take. → [(concept, factor, own tokens)]
     """
-    count, then, share = usage(model, dataset, tokens, device)
+    count, then, share = usage(model, content, tokens, device)
     trials = []
     for concept, used in count.most_common(candidates):
         enough = [t for t, m in then[concept].items() if m >= 5]
@@ -95,10 +94,15 @@ def choose(model, idx, dataset, tokens, device, n=3, candidates=32, factors=(-8.
             trials += [(concept, factor, own) for factor in factors]
     if not trials:
         raise UserError("the model predicts no concept often enough to choose one; name some: --steer=ID:FACTOR")
-    scale = torch.stack([scale_of({c: f}, model.config.n_concepts, device) for c, f, _ in trials])[:, None]
-    steered = model(idx.expand(len(trials), -1), scale=scale).logits[:, -1].softmax(-1)
-    plain = model(idx).logits[0, -1].softmax(-1)
-    gains = [(steered[i, own].sum() / plain[own].sum()).log().item() for i, (_, _, own) in enumerate(trials)]
+
+    def next_token(scale=None, rows=1):  # probabilities at the last position, (rows, V)
+        x = model.blocks(model.embed(idx.expand(rows, -1)), 0, model.config.n_layer, scale=scale)[0]
+        return model.head(x[:, -1]).softmax(-1)
+
+    plain, gains = next_token()[0], []
+    for i in range(0, len(trials), 8):
+        scale = torch.stack([scale_of({c: f}, model.config.n_concepts, device) for c, f, _ in trials[i:i + 8]])[:, None]
+        gains += [(p[own].sum() / plain[own].sum()).log().item() for p, (_, _, own) in zip(next_token(scale, len(scale)), trials[i:i + 8])]
     chosen, taken = [], set()
     for gain, (concept, factor, own) in sorted(zip(gains, trials), reverse=True):
         if concept not in {c for c, _, _ in chosen} and own[0] not in taken:
@@ -116,14 +120,13 @@ def promoted(model, concept, n=3):
 
 
 def show(title, text):
-    body = "\n".join(textwrap.fill(line, 100, subsequent_indent="    ", drop_whitespace=False) for line in text.splitlines())
-    print(f"\n── {title} {'─' * max(0, 96 - len(title))}\n{body}")
+    print(f"\n── {title} {'─' * max(0, 96 - len(title))}\n{text}")
 
 
 def main(argv):
-    cfg, runs = config.parse(Config, argv, __doc__, most=1)
+    cfg, runs = config.parse(Config, argv, __doc__, most=1, files=False)
     device = pick_device(cfg.device)
-    content = load_checkpoint(runs[0] if runs else None, ("model_config", "model", "train_config", "tokenizer"))
+    content = load_checkpoint(runs[0] if runs else None, RUN)
     model, tokenizer = load_model(content, device), data.load_tokenizer(content["tokenizer"])
     has_concepts = model.config.insert == "concept"
     if (cfg.steer or cfg.inspect) and not has_concepts:
@@ -139,6 +142,8 @@ def main(argv):
             raise UserError(f"{start[5:]} is not UTF-8 text (byte {e.start})") from e
     tokens = tokenizer.encode_ordinary(start) or [tokenizer.eot_token]
     idx = torch.tensor([tokens], device=device)
+
+    factors = parse_steer(cfg.steer, model.config.n_concepts) if cfg.steer not in (None, "auto") else {}
 
     def generate(scale=None):
         generator = torch.Generator(device).manual_seed(cfg.seed)  # the same luck, plain and steered
@@ -159,11 +164,10 @@ def main(argv):
     if not cfg.steer:
         return
     window = idx[:, -model.config.block_size:]
-    if cfg.steer == "auto":
-        chosen = choose(model, window, content["train_config"]["dataset"], cfg.tokens, device)
+    if cfg.steer == "auto":  # learn the concepts' use, and which of them turn this prompt
+        chosen = choose(model, window, content, cfg.tokens, device)
         runs = [({c: f}, f"concept {c} × {f:g}, which comes before " + " ".join(repr(tokenizer.decode([t])) for t in own)) for c, f, own in chosen]
     else:
-        factors = parse_steer(cfg.steer, model.config.n_concepts)
         runs = [(factors, "steered: " + ", ".join(f"concept {c} × {f:g}" for c, f in factors.items()))]
     for factors, title in runs:
         for ids in generate(scale_of(factors, model.config.n_concepts, device))[0].tolist():

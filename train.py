@@ -21,7 +21,7 @@ import config
 import data
 from concepts import load_concept_model
 from config import UserError, key
-from model import GPT, ModelConfig, load_checkpoint, model_checkpoint, pick_device, save_checkpoint
+from model import GPT, RUN, ModelConfig, load_checkpoint, load_model, model_checkpoint, perplexity, pick_device, save_checkpoint
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Config:
     dropout: float = key(0.0, "share of activations dropped", low=0, high=0.99)
     bias: bool = key(True, "biases in linear layers and LayerNorms")
     embedding_std: float = key(0.02, "of the token embedding at the start; a small width learns faster with about 1/sqrt(n_embd)", low=0)
-    # concepts (METHOD: eq. 1 to 4)
+    # concepts (eq. 1 to 4)
     concept_model: str = key("gpt2", "names the concepts: a run, GPT-2 weights, or gpt2")
     sae: str = key("openai", "its SAE: a run of sae.py, a file in the published layout, openai or openai_128k")
     concept_layer: int = key(5, "the SAE reads the hidden state after this block", low=0)
@@ -65,12 +65,12 @@ class Config:
     # run
     out_dir: str = key("out/run", "where ckpt.pt and log.jsonl go")
     eval_interval: int = key(1000, "steps between evaluations, each with a checkpoint", low=1)
-    eval_iters: int = key(20, "batches of val an evaluation", low=1)
+    eval_iters: int = key(20, "batches of batch_size val sequences an evaluation", low=1)
     log_interval: int = key(10, "steps between two lines of the log", low=1)
     device: str = key("auto", "cpu, cuda, cuda:1, mps; auto takes the fastest there is")
     dtype: Literal["auto", "float32", "bfloat16"] = key("auto", "of matrix products; auto: bfloat16 on CUDA, else float32")
     compile: bool | Literal["auto"] = key("auto", "torch.compile; auto: on CUDA")
-    seed: int = key(1337, "of the initialisation and the data order", low=0)
+    seed: int = key(1337, "of the initialisation and the data order", low=0, high=2**32 - 1)
     resume: bool = key(False, "go on from out_dir's checkpoint, if there is one")
     overwrite: bool = key(False, "start again though out_dir holds a run")
 
@@ -119,10 +119,11 @@ def step_losses(model, concept_model, x, y, labels=None):
 def evaluate(model, batches, labels):
     """Mean next-token and concept loss over val batches [(x, y)]; labels [(B, T, attr_k)], or None for a method without."""
     model.eval()
-    rows = [step_losses(model, None, x, y, label) for (x, y), label in zip(batches, labels or [None] * len(batches))]
+    losses = [step_losses(model, None, x, y, label) for (x, y), label in zip(batches, labels or [None] * len(batches))]
     model.train()
-    mean = lambda values: torch.stack(values).mean().item()
-    return mean([a for a, _ in rows]), mean([b for _, b in rows]) if rows[0][1] is not None else None
+    share = torch.tensor([len(x) for x, _ in batches], dtype=torch.float64)
+    mean = lambda values: (torch.stack(values).cpu().double() * share / share.sum()).sum().item()
+    return mean([a for a, _ in losses]), mean([b for _, b in losses]) if losses[0][1] is not None else None
 
 
 def micro_batch(cfg, device):
@@ -139,6 +140,8 @@ def main(argv):
     tokens_a_step = cfg.batch_size * cfg.block_size
     if cfg.max_tokens is not None:
         cfg = config.replace(cfg, max_iters=-(-cfg.max_tokens // tokens_a_step))
+    if cfg.resume and cfg.overwrite:
+        raise UserError("--resume and --overwrite exclude each other: go on with the run, or start it again?")
     device, out = pick_device(cfg.device), Path(cfg.out_dir)
     checkpoint, log_path = out / "ckpt.pt", out / "log.jsonl"
 
@@ -147,17 +150,22 @@ def main(argv):
     if checkpoint.is_file() and not cfg.overwrite:
         if not cfg.resume:
             raise UserError(f"{out} holds a run already; --resume goes on with it, --overwrite starts again, --out_dir=… starts another")
-        content = load_checkpoint(checkpoint, ("model_config", "model", "train_config", "optimizer", "step"))
+        content = load_checkpoint(checkpoint, (*RUN, "optimizer", "step", "seconds", "rng", "val_loss", "best_val_loss"))
         config.check_same(content["train_config"], asdict(cfg), checkpoint, FREE)
         if content["step"] >= cfg.max_iters:
             print(f"{out}: already trained ({content['step']} steps, val loss {content['val_loss']:.4f})")
             return
     meta = data.load_meta(cfg.dataset)
     vocab_size = meta["vocab_size"]
+    if content is not None:
+        data.tokens_of_run(content, "train")  # still of the same tokenizer?
     batches = data.Batches(data.load_tokens(cfg.dataset, "train"), cfg.block_size, cfg.batch_size, vocab_size, cfg.seed, cfg.shift_blocks)
     micro = micro_batch(cfg, device)
-    val = data.Batches(data.load_tokens(cfg.dataset, "val"), cfg.block_size, min(cfg.batch_size, micro), vocab_size, shift=False)
-    val_batches = [tuple(t.to(device) for t in val[i]) for i in range(min(cfg.eval_iters, max(1, val.blocks // val.batch_size)))]
+    # the same val blocks at every evaluation, whatever the seed and the micro batch
+    val = data.load_tokens(cfg.dataset, "val")
+    val = data.Batches(val, cfg.block_size, 1, vocab_size, shift=False)
+    rows = [val[i] for i in range(min(cfg.eval_iters * cfg.batch_size, val.blocks))]
+    val_batches = [tuple(torch.cat(t).to(device) for t in zip(*rows[i:i + micro])) for i in range(0, len(rows), micro)]
 
     # the models
     bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
@@ -167,26 +175,27 @@ def main(argv):
     concept_model, n_concepts = None, 0
     if cfg.method == "cocomix":
         concept_model, tokenizer = load_concept_model(cfg.concept_model, cfg.sae, cfg.concept_layer, device, attr_k=cfg.attr_k,
-                                                      select=cfg.select, attribution=cfg.attribution, sign=cfg.attribution_sign)
+                                                      select=cfg.select, attribution=cfg.attribution, sign=cfg.attribution_sign, bf16=bf16)
         n_concepts, limit = len(concept_model.sae.encoder), concept_model.gpt.config.block_size
-        if tokenizer != meta["tokenizer"]:
-            raise UserError(f"the concept model {cfg.concept_model} reads tokens of {tokenizer!r}, dataset {cfg.dataset!r} has those of {meta['tokenizer']!r}")
+        if tokenizer != meta["tokenizer_hash"]:
+            raise UserError(f"dataset {cfg.dataset!r} is in tokens of {meta['tokenizer']!r}; the concept model {cfg.concept_model} was trained on another tokenizer's")
         if cfg.block_size > limit:
             raise UserError(f"block_size={cfg.block_size} is over the concept model's {limit}")
-    model = GPT(model_config(cfg, vocab_size, n_concepts)).to(device)
+    model = GPT(model_config(cfg, vocab_size, n_concepts)).to(device) if content is None else load_model(content, device)
     optimizer = make_optimizer(model, cfg, device)
     step, seconds, best = 0, 0.0, math.inf
     if content is not None:
-        model.load_state_dict(content["model"])
         optimizer.load_state_dict(content["optimizer"])
         step, seconds, best = content["step"], content["seconds"], content["best_val_loss"]
         torch.set_rng_state(content["rng"])
+        if device.type == "cuda" and "cuda_rng" in content:
+            torch.cuda.set_rng_state(content["cuda_rng"], device)
     compiled = torch.compile(model) if cfg.compile is True or cfg.compile == "auto" and device.type == "cuda" else model
     val_labels = None
-    flops = model.flops_per_token() + (concept_model.flops_per_token() if concept_model else 0)
+    flops = model.flops_per_token() + (concept_model.flops_per_token(cfg.block_size) if concept_model else 0)
     log = config.Log(log_path, step)
-    if step == 0:
-        log.write(dict(step=0, method=cfg.method, params=model.num_params(), active_params=model.num_params(active=True), flops_per_token=flops,
+    if log.empty:
+        log.write(dict(step=step, method=cfg.method, params=model.num_params(), active_params=model.num_params(active=True), flops_per_token=flops,
                        device=torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} {device.type}", threads=torch.get_num_threads(),
                        torch=torch.__version__, source_hash=meta.get("source_hash")))
     print(f"{cfg.method}: {model.num_params(active=True) / 1e6:.2f}M active of {model.num_params() / 1e6:.2f}M parameters, "
@@ -196,8 +205,10 @@ def main(argv):
     val_loss = content["val_loss"] if content else math.nan
 
     def save():
-        save_checkpoint(checkpoint, **model_checkpoint(model, train_config=asdict(cfg), tokenizer=meta["tokenizer"], optimizer=optimizer.state_dict(),
-                                                       step=step, seconds=seconds, rng=torch.get_rng_state(), val_loss=val_loss, best_val_loss=best))
+        cuda_rng = dict(cuda_rng=torch.cuda.get_rng_state(device)) if device.type == "cuda" else {}
+        save_checkpoint(checkpoint, **model_checkpoint(
+            model, train_config=asdict(cfg), tokenizer=meta["tokenizer"], tokenizer_hash=meta["tokenizer_hash"], optimizer=optimizer.state_dict(),
+            step=step, seconds=seconds, rng=torch.get_rng_state(), **cuda_rng, val_loss=val_loss, best_val_loss=best))
 
     def evaluation():
         nonlocal val_loss, best, val_labels
@@ -205,16 +216,16 @@ def main(argv):
             val_labels = [concept_model.labels(x, y) for x, y in val_batches]
         with autocast:
             val_loss, concept_loss = evaluate(compiled, val_batches, val_labels)
+        finite("val loss", val_loss)
         best = min(best, val_loss)
         line = dict(step=step, tokens=step * tokens_a_step, val_loss=val_loss, seconds=seconds)
         if concept_loss is not None:
             line["val_concept_loss"] = concept_loss
         log.write(line)
 
-    def finite(loss, norm):
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise UserError(f"the loss is {loss} and its gradient's norm {norm} at step {step}: not finite; the last good checkpoint is {checkpoint}; "
-                            f"a learning_rate below {cfg.learning_rate} may help")
+    def finite(name, value):
+        if not math.isfinite(value):
+            raise UserError(f"the {name} is {value} at step {step}: not finite; the last good checkpoint is {checkpoint}; a learning_rate below {cfg.learning_rate} may help")
 
     with config.Stop() as stop, config.progress(cfg.max_iters * tokens_a_step, cfg.method, "tok", initial=step * tokens_a_step, unit_scale=True) as bar:
         model.train()
@@ -228,7 +239,7 @@ def main(argv):
             for x_micro, y_micro in zip(x.split(micro), y.split(micro)):
                 share = len(x_micro) / len(x)
                 with autocast:
-                    loss, concept_loss = step_losses(compiled, concept_model, x_micro, y_micro)
+                    loss, concept_loss = step_losses(compiled, concept_model if cfg.concept_weight else None, x_micro, y_micro)
                 total += loss.detach() * share
                 if concept_loss is not None:
                     total_concept += concept_loss.detach() * share
@@ -244,15 +255,17 @@ def main(argv):
 
             last = step == cfg.max_iters
             at_eval = step % cfg.eval_interval == 0 or last
-            if step % cfg.log_interval == 0 or at_eval or stop.signal:
+            stopping = stop.signal  # read once: a signal in what follows belongs to the next step
+            if step % cfg.log_interval == 0 or at_eval or stopping:
                 loss = total.item()  # waits for the device
-                finite(loss, norm.item())
+                finite("loss", loss)
+                finite("gradient's norm", norm.item())
                 now = time.perf_counter()
                 seconds += now - clock
                 speed = (step - since) * tokens_a_step / (now - clock)
                 line = dict(step=step, tokens=step * tokens_a_step, loss=loss, lr=learning_rate(cfg, step - 1), grad_norm=norm.item(), tokens_per_s=speed, seconds=seconds)
                 text = f"loss {loss:.3f}"
-                if concept_model is not None:
+                if concept_model is not None and cfg.concept_weight:
                     line["concept_loss"] = total_concept.item()
                     text += f" concepts {line['concept_loss']:.3f}"
                 if peak:
@@ -262,12 +275,12 @@ def main(argv):
                 bar.set_postfix_str(text + (f" val {val_loss:.3f}" if math.isfinite(val_loss) else ""))
                 if at_eval:
                     evaluation()
-                if at_eval or stop.signal:
+                if at_eval or stopping:
                     save()
                 since, clock = step, time.perf_counter()
-            if stop.signal and not last:
+            if stopping and not last:
                 return stop.leave(checkpoint, step)
-    print(f"{out}: val loss {val_loss:.4f} (perplexity {math.exp(val_loss):.2f}) after {step} steps, {step * tokens_a_step / max(seconds, 1e-9):,.0f} tokens/s")
+    print(f"{out}: val loss {val_loss:.4f} (perplexity {perplexity(val_loss):.2f}) after {step} steps, {step * tokens_a_step / max(seconds, 1e-9):,.0f} tokens/s")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import difflib
 import json
 import math
 import os
+import re
 import runpy
 import signal
 import sys
@@ -26,7 +27,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-MISSING = dataclasses.MISSING
 replace = dataclasses.replace  # a copy of a config with other values
 
 
@@ -34,9 +34,10 @@ class UserError(Exception):
     """Something a person can mend: one line that says what is wrong, with which value, and the remedy."""
 
 
-def key(default, meaning, low=None, high=None, bare=None):
-    """A config key. low, high: the allowed range, ends included; bare: the value of `--key` alone."""
-    return dataclasses.field(default=default, metadata=dict(meaning=meaning, low=low, high=high, bare=bare))
+def key(default, meaning, low=None, high=None, bare=None, follows=None):
+    """A config key. low, high: the allowed range, ends included. bare: the value of `--key` alone; the next argument
+    is then its value only if it matches the pattern `follows`."""
+    return dataclasses.field(default=default, metadata=dict(meaning=meaning, low=low, high=high, bare=bare, follows=follows))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -48,18 +49,17 @@ def _members(kind):
 
 
 def _expected(kind, meta):
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "none"}
-    def name(k):
-        if typing.get_origin(k) is typing.Literal:
-            return " or ".join(map(str, typing.get_args(k))) if len(typing.get_args(k)) < 3 else "one of " + ", ".join(map(str, typing.get_args(k)))
-        if typing.get_origin(k) is tuple:
-            return "one or more of " + name(typing.get_args(k)[0])
-        return names[k]
-    text = " or ".join(name(k) for k in _members(kind))
+    """What a value of this type looks like, in words."""
     low, high = meta.get("low"), meta.get("high")
-    if low is not None and high is not None:
-        return f"{text} from {low} to {high}"
-    return text + (f" of at least {low}" if low is not None else "") + (f" of at most {high}" if high is not None else "")
+    bounds = f" from {low} to {high}" if low is not None and high is not None else f" of at least {low}" if low is not None else f" of at most {high}" if high is not None else ""
+    def words(k):
+        if typing.get_origin(k) is typing.Literal:
+            choices = list(map(str, typing.get_args(k)))
+            return " or ".join(choices) if len(choices) < 3 else "one of " + ", ".join(choices)
+        if typing.get_origin(k) is tuple:
+            return "one or more of " + words(typing.get_args(k)[0])
+        return {int: "an integer" + bounds, float: "a number" + bounds, bool: "true or false", str: "text", type(None): "none"}[k]
+    return " or ".join(map(words, _members(kind)))
 
 
 def _one(kind, value):
@@ -94,8 +94,17 @@ def _one(kind, value):
     raise ValueError
 
 
+def _fits(members, value):
+    for member in members:
+        try:
+            return _one(member, value) is not None
+        except ValueError:
+            pass
+    return False
+
+
 def _convert(field, kind, value, where):
-    for member in _members(kind):
+    for member in sorted(_members(kind), key=lambda member: member is not type(None)):  # "none" is none before it is text
         try:
             result = _one(member, value)
         except (ValueError, TypeError, OverflowError):
@@ -124,19 +133,18 @@ def read_config_file(path):
         raise UserError(f"no config file {path}" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
     try:
         names = runpy.run_path(str(path))
-    except UserError:
-        raise
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         line = getattr(e, "lineno", None)
         raise UserError(f"config file {path} does not run: {type(e).__name__}: {e}" + (f" (line {line})" if line and "line" not in str(e) else "")) from e
-    return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
+    return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, types.ModuleType) and not callable(v)}
 
 
-def parse(cls, argv, doc="", most=None):
+def parse(cls, argv, doc="", most=None, files=True):
     """(an instance of the dataclass cls, the positional arguments that are no config file).
 
     Positional arguments that end in .py are config files, read in order; --key=value, --key value and a bare
-    --flag come after them, wherever they stand. most: how many other positional arguments are allowed.
+    --flag come after them, wherever they stand. most: how many other positional arguments are allowed; files: whether
+    config files are.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     kinds = typing.get_type_hints(cls)
@@ -151,6 +159,8 @@ def parse(cls, argv, doc="", most=None):
             continue
         if not arg.startswith("-") or arg == "-":
             if arg.endswith(".py"):
+                if not files:
+                    raise UserError(f"unexpected config file {arg}: this command takes a run, such as out/stdlib/cocomix")
                 for name, value in read_config_file(arg).items():
                     if name not in fields:
                         raise _unknown(name, fields, arg)
@@ -160,7 +170,9 @@ def parse(cls, argv, doc="", most=None):
             continue
         name, equals, value = arg.lstrip("-").partition("=")
         name = name.replace("-", "_")
-        if not arg.startswith("--") or name not in fields:
+        if not arg.startswith("--") and name in fields:
+            raise UserError(f"unexpected argument {arg!r}: write --{arg.lstrip('-')}")
+        if name not in fields:
             raise _unknown(name, fields, "command line")
         field, members = fields[name], _members(kinds[name])
         if typing.get_origin(kinds[name]) is tuple:
@@ -171,19 +183,17 @@ def parse(cls, argv, doc="", most=None):
                 raise UserError(f"command line: --{name} needs {_expected(kinds[name], field.metadata)}")
         elif not equals:
             if field.metadata.get("bare") is not None:
-                value = field.metadata["bare"]
+                value = args.pop(0) if args and re.match(field.metadata["follows"], args[0]) else field.metadata["bare"]
             elif bool in members:
-                value = args.pop(0) if args and args[0].lower() in ("true", "false") else "true"
+                value = args.pop(0) if args and _fits(members, args[0]) else "true"
             elif args and not args[0].startswith("--"):
                 value = args.pop(0)
             else:
                 raise UserError(f"command line: --{name} needs {_expected(kinds[name], field.metadata)}")
-        given[name] = _convert(field, kinds[name], value, "command line")
+        value = _convert(field, kinds[name], value, "command line")
+        given[name] = given.get(name, ()) + value if isinstance(value, tuple) else value  # given twice, a list goes on
     if most is not None and len(rest) > most:
         raise UserError(f"unexpected argument {rest[most]!r}" + ("; config files end in .py, keys begin with --" if most == 0 else ""))
-    missing = [n for n, f in fields.items() if f.default is MISSING and n not in values and n not in given]
-    if missing:
-        raise UserError(f"--{missing[0]} is needed: {fields[missing[0]].metadata['meaning']}")
     return cls(**{**values, **given}), rest
 
 
@@ -191,7 +201,7 @@ def help_text(cls, doc=""):
     kinds = typing.get_type_hints(cls)
     lines = [(doc or "").strip(), "", "keys:"]
     for f in dataclasses.fields(cls):
-        default = "" if f.default is MISSING else f" (default {'none' if f.default is None else f.default!r})"
+        default = f" (default {'none' if f.default is None else f.default!r})"
         lines.append(f"  --{f.name:18} {f.metadata.get('meaning', '')}; {_expected(kinds[f.name], f.metadata)}{default}")
     lines.append(f"  --{'debug':18} show the traceback of an error")
     return "\n".join(lines)
@@ -199,15 +209,20 @@ def help_text(cls, doc=""):
 
 def run(main):
     """main(argv), ending as a command should: an error that a person can mend is one line, exit status 1."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows a ? for it
     try:
         status = main(sys.argv[1:])
-    except (UserError, OSError, MemoryError) as e:
-        if "--debug" in sys.argv:
+    except (UserError, OSError, MemoryError, RuntimeError) as e:
+        memory = isinstance(e, MemoryError) or isinstance(e, RuntimeError) and re.search("out of memory|can't allocate memory", str(e))
+        if "--debug" in sys.argv or isinstance(e, RuntimeError) and not memory:
             raise
+        if memory:
+            sys.exit(f"error: out of memory: a smaller --micro_batch_size (or --batch_size) needs less ({str(e).splitlines()[0] if str(e) else 'no more said'})")
         if isinstance(e, BrokenPipeError):  # `| head` closed the pipe: nothing to say
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        message = str(e) if isinstance(e, UserError) else f"{e.strerror or e}: {e.filename}" if isinstance(e, OSError) and e.filename else str(e) or "out of memory"
+        message = str(e) if isinstance(e, UserError) else f"{e.strerror or e}: {e.filename}" if isinstance(e, OSError) and e.filename else str(e)
         sys.exit("error: " + " ".join(message.split()))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -237,6 +252,7 @@ class Log:
                         kept.append(line + "\n")
                 except (ValueError, KeyError):
                     pass  # a line cut short by a crash
+        self.empty = not kept
         tmp = path.with_suffix(".tmp")
         try:
             tmp.write_text("".join(kept))
@@ -247,7 +263,7 @@ class Log:
     def write(self, values):
         try:
             with open(self.path, "a") as file:
-                file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}) + "\n")
+                file.write(json.dumps({k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in values.items()}) + "\n")
         except OSError as e:
             raise UserError(f"{self.path} can't be written ({e.strerror}); free some space; --resume goes on from the last checkpoint") from e
 

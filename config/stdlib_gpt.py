@@ -1,4 +1,4 @@
-# The demo's concept model: a plain GPT, larger and trained longer than its students.
+# The demo's concept model: a plain GPT, wider than its students and trained longer.
 method = "ntp"
 out_dir = "out/stdlib/gpt"
 dataset = "stdlib"
@@ -6,7 +6,7 @@ n_layer = 4
 n_head = 2
 n_embd = 160
 block_size = 256
-embedding_std = 0.08    # about 1/sqrt(n_embd); results/stdlib-sweep has the learning rates tried
+embedding_std = 0.08     # about 1/sqrt(n_embd)
 batch_size = 4
 max_iters = 1000
 learning_rate = 4e-3

@@ -24,8 +24,9 @@ from config import UserError
 ROOT = Path(__file__).resolve().parent
 END_OF_TEXT = "<|endoftext|>"
 # What a byte-pair merge may not cross: words with their leading space, numbers of up to three digits, runs of
-# punctuation, white space (a newline and the indentation after it stay together, so code takes few tokens).
-SPLIT_PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# punctuation, white space (a newline and the indentation after it stay together, so code takes few tokens); none
+# longer than 200 characters, since merging takes the square of that.
+SPLIT_PATTERN = r" ?\p{L}{1,200}| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,200}|\s{1,200}(?!\S)|\s{1,200}"
 WRITE_CHARS = 1 << 22  # gathered before they are encoded
 
 
@@ -57,6 +58,11 @@ def load_tokenizer(name):
     return tiktoken.Encoding(path.stem, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
 
 
+def tokenizer_hash(name, tokenizer):
+    """What tells two tokenizers apart, whatever their names: "gpt2", or a hash of the ranks."""
+    return name if name == "gpt2" else fingerprint(*sorted(tokenizer._mergeable_ranks, key=tokenizer._mergeable_ranks.get))
+
+
 def train_bpe(texts, vocab_size):
     """Byte-pair encoding (Sennrich et al. 2016, on bytes): the ranks {token: rank} of a vocabulary of
     vocab_size tokens, the end-of-text token counted but not among them.
@@ -74,7 +80,7 @@ def train_bpe(texts, vocab_size):
     pattern = regex.compile(SPLIT_PATTERN)
     for text in texts:
         counts.update(pattern.findall(text))
-    words = [[bytes([b]) for b in word.encode("utf-8")] for word in counts]
+    words = [[bytes([b]) for b in word.encode("utf-8", "replace")] for word in counts]
     counts = list(counts.values())
     pairs, where = Counter(), defaultdict(set)  # how often a pair stands, and in which words
     for i, word in enumerate(words):
@@ -135,7 +141,7 @@ class replacing:
     """`with replacing(path) as file`: write path whole or not at all (a temporary file, fsynced, renamed).
     UserError: it can't be written (a full disk, a read-only folder); what was there before stays."""
     def __init__(self, path):
-        self.path, self.tmp = Path(path), Path(f"{path}.{os.getpid()}.tmp")
+        self.path, self.tmp = Path(path), Path(f"{path}.tmp")
 
     def __enter__(self):
         try:
@@ -152,6 +158,9 @@ class replacing:
                 os.fsync(self.file.fileno())
                 self.file.close()
                 os.replace(self.tmp, self.path)
+                folder = os.open(self.path.parent, os.O_RDONLY)
+                os.fsync(folder)  # the new name, too, is on the disk
+                os.close(folder)
         except OSError as e:
             raise self._failed(e) from e
         finally:
@@ -180,7 +189,13 @@ def write_tokens(path, pieces, tokenizer, bar=None):
     with replacing(path) as file:
         def flush():
             nonlocal total, chars
-            for ids, end in zip(tokenizer.encode_ordinary_batch(texts, num_threads=os.cpu_count()), ends):
+            try:
+                encoded = tokenizer.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+            except BaseException as e:
+                if type(e).__name__ != "PanicException":  # tiktoken's, no Exception
+                    raise
+                raise UserError(f"the tokenizer {tokenizer.name} gave up on a piece of the text, such as a very long run of spaces; clean it ({e})") from None
+            for ids, end in zip(encoded, ends):
                 ids = np.array(ids + [tokenizer.eot_token] * end, dtype="<u2")
                 file.write(ids.tobytes())
                 total += len(ids)
@@ -200,10 +215,9 @@ def write_tokens(path, pieces, tokenizer, bar=None):
 
 def write_meta(folder, tokenizer_name, tokenizer, counts, **more):
     """meta.json, written last: a dataset without it is not finished."""
-    meta = dict(tokenizer=tokenizer_name, vocab_size=tokenizer.n_vocab, **{f"{split}_tokens": n for split, n in counts.items()}, **more)
+    meta = dict(tokenizer=tokenizer_name, tokenizer_hash=tokenizer_hash(tokenizer_name, tokenizer), vocab_size=tokenizer.n_vocab, **{f"{split}_tokens": n for split, n in counts.items()}, **more)
     with replacing(Path(folder) / "meta.json") as file:
         file.write(json.dumps(meta, indent=1).encode() + b"\n")
-    return meta
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -224,7 +238,7 @@ def load_meta(dataset):
     path = dataset_dir(dataset) / "meta.json"
     try:
         meta = json.loads(path.read_text())
-        meta["tokenizer"], meta["vocab_size"], meta["train_tokens"], meta["val_tokens"]
+        meta["tokenizer"], meta["tokenizer_hash"], meta["vocab_size"], meta["train_tokens"], meta["val_tokens"]
         return meta
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} is damaged ({type(e).__name__}: {e}); prepare the dataset again") from e
@@ -240,6 +254,21 @@ def load_tokens(dataset, split):
     if size != 2 * expected or size == 0:
         raise UserError(f"{path} has {size} bytes but meta.json says {2 * expected}: cut short or damaged; prepare the dataset again")
     return np.memmap(path, dtype="<u2", mode="r")
+
+
+def tokens_of_run(content, split):
+    """The tokens of a split of the dataset that a checkpoint's run was trained on. UserError: as `load_tokens`, or the
+    dataset was prepared anew with another tokenizer."""
+    dataset = content["train_config"]["dataset"]
+    if load_meta(dataset)["tokenizer_hash"] != content["tokenizer_hash"]:
+        raise UserError(f"dataset {dataset!r} has another tokenizer now than when this run was trained on it ({content['tokenizer']}); prepare it as it was")
+    return load_tokens(dataset, split)
+
+
+def check_range(rows, vocab_size):
+    """UserError if a token is beyond the vocabulary: an embedding would read past its end."""
+    if rows.max() >= vocab_size:
+        raise UserError(f"token {rows.max()} in the data is beyond the vocabulary of {vocab_size}: the .bin and its meta.json don't belong together; prepare the dataset again")
 
 
 class Batches:
@@ -284,8 +313,7 @@ class Batches:
     def __getitem__(self, step):
         import torch
         rows = np.stack([self.tokens[s:s + self.block_size + 1] for s in self.starts(step)]).astype(np.int64)
-        if rows.max() >= self.vocab_size:
-            raise UserError(f"token {rows.max()} in the data is beyond the vocabulary of {self.vocab_size}: the .bin and its meta.json don't belong together; prepare the dataset again")
+        check_range(rows, self.vocab_size)
         rows = torch.from_numpy(rows)
         return rows[:, :-1], rows[:, 1:]
 
@@ -305,18 +333,18 @@ class Batches:
                 yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
-def sequential(tokens, block_size, batch_size):
+def sequential(tokens, block_size, batch_size, vocab_size):
     """All of a split in order, every token but the first a target once: yields (x, y), (rows, ≤ block_size) int64.
     The last, shorter block comes as a batch of its own."""
     import torch
-    full = (len(tokens) - 1) // block_size
-    for first in range(0, full, batch_size):
-        rows = min(batch_size, full - first)
-        chunk = torch.from_numpy(tokens[first * block_size:(first + rows) * block_size + 1].astype(np.int64))
-        yield chunk[:-1].view(rows, block_size), chunk[1:].view(rows, block_size)
-    if (len(tokens) - 1) % block_size:
-        chunk = torch.from_numpy(tokens[full * block_size:].astype(np.int64))
-        yield chunk[None, :-1], chunk[None, 1:]
+    whole = (len(tokens) - 1) // block_size * block_size  # tokens in whole blocks
+    for first in [*range(0, whole, batch_size * block_size), *([whole] if whole < len(tokens) - 1 else [])]:
+        end = min(first + batch_size * block_size, whole) if first < whole else len(tokens) - 1
+        chunk = tokens[first:end + 1].astype(np.int64)
+        check_range(chunk, vocab_size)
+        chunk = torch.from_numpy(chunk)
+        rows = (end - first) // block_size or 1
+        yield chunk[:-1].view(rows, -1), chunk[1:].view(rows, -1)
 
 
 def fingerprint(*parts):

@@ -75,7 +75,7 @@ def test_prefetched_batches_are_the_same():
 def test_sequential_gives_every_token_but_the_first_as_a_target_once():
     for n in (81, 85, 9, 5):
         tokens = np.arange(n, dtype="<u2")
-        rows = list(data.sequential(tokens, 8, 3))
+        rows = list(data.sequential(tokens, 8, 3, 100))
         assert torch.equal(torch.cat([y.flatten() for _, y in rows]), torch.arange(1, n))
         assert all(torch.equal(y, x + 1) and x.shape[0] <= 3 for x, y in rows)
 
@@ -84,7 +84,7 @@ def test_a_huge_file_opens_at_once(tmp_path):
     n = 9_000_000_000
     with open(tmp_path / "train.bin", "wb") as file:
         file.truncate(2 * n)  # sparse: takes no disk
-    (tmp_path / "meta.json").write_text(json.dumps(dict(tokenizer="gpt2", vocab_size=50257, train_tokens=n, val_tokens=0)))
+    (tmp_path / "meta.json").write_text(json.dumps(dict(tokenizer="gpt2", tokenizer_hash="gpt2", vocab_size=50257, train_tokens=n, val_tokens=0)))
     start = time.perf_counter()
     data.Batches(data.load_tokens(tmp_path, "train"), 1024, 8, 50257)[12345]
     assert time.perf_counter() - start < 2
@@ -99,7 +99,7 @@ def test_a_huge_file_opens_at_once(tmp_path):
 ])
 def test_damaged_datasets_are_named(tmp_path, damage, message):
     np.arange(20, dtype="<u2").tofile(tmp_path / "train.bin")
-    (tmp_path / "meta.json").write_text(json.dumps(dict(tokenizer="gpt2", vocab_size=50257, train_tokens=20, val_tokens=0)))
+    (tmp_path / "meta.json").write_text(json.dumps(dict(tokenizer="gpt2", tokenizer_hash="gpt2", vocab_size=50257, train_tokens=20, val_tokens=0)))
     assert len(data.load_tokens(tmp_path, "train")) == 20
     damage(tmp_path)
     with pytest.raises(UserError, match=message):
@@ -109,6 +109,8 @@ def test_damaged_datasets_are_named(tmp_path, damage, message):
 def test_tokens_beyond_the_vocabulary_and_short_files_are_named():
     with pytest.raises(UserError, match="beyond the vocabulary of 50"):
         batches(np.full(500, 50, dtype="<u2"), vocab_size=50)[0]
+    with pytest.raises(UserError, match="beyond the vocabulary of 50"):
+        list(data.sequential(np.full(20, 50, dtype="<u2"), 8, 3, 50))
     with pytest.raises(UserError, match="only 9 tokens, too few for block_size=8"):
         batches(np.arange(9, dtype="<u2"))
 
@@ -203,7 +205,8 @@ def test_text_files_of_every_kind(tmp_path, pack):
         file.writelines(json.dumps(dict(text=t)) + "\n\n" for t in TEXTS)
     with opener(tmp_path / f"b.txt{suffix}", "wt", encoding="utf-8") as file:
         file.write("".join(TEXTS))
-    status, _, err = run(script("text").main, "--input", tmp_path / f"a.jsonl{suffix}", tmp_path / f"b.txt{suffix}", "--val", tmp_path / f"b.txt{suffix}",
+    (tmp_path / f"c.txt{suffix}").write_bytes((tmp_path / f"b.txt{suffix}").read_bytes())
+    status, _, err = run(script("text").main, "--input", tmp_path / f"a.jsonl{suffix}", tmp_path / f"b.txt{suffix}", "--val", tmp_path / f"c.txt{suffix}",
                          "--tokenizer=bpe:400", f"--out={tmp_path / 'd'}")
     assert status == 0, err
     assert decoded(tmp_path / "d", "train") == "".join(t + "<|endoftext|>" for t in TEXTS) + "".join(TEXTS) + "<|endoftext|>"
@@ -214,7 +217,8 @@ def test_text_files_of_every_kind(tmp_path, pack):
 def test_a_long_text_is_cut_where_no_token_reaches_across(tmp_path):
     text = Path(__import__("argparse").__file__).read_text()
     (tmp_path / "long.txt").write_text(text)
-    status, _, err = run(script("text").main, f"--input={tmp_path / 'long.txt'}", f"--val={tmp_path / 'long.txt'}", "--tokenizer=stdlib", f"--out={tmp_path / 'd'}")
+    (tmp_path / "val.txt").write_text(text)
+    status, _, err = run(script("text").main, f"--input={tmp_path / 'long.txt'}", f"--val={tmp_path / 'val.txt'}", "--tokenizer=stdlib", f"--out={tmp_path / 'd'}")
     assert status == 0, err
     tokenizer = data.load_tokenizer("stdlib")
     assert data.load_tokens(tmp_path / "d", "train").tolist() == tokenizer.encode_ordinary(text) + [tokenizer.eot_token]
@@ -243,3 +247,24 @@ def test_memory_stays_flat_however_large_the_input(tmp_path):
                              capture_output=True, text=True, check=True)
         peaks.append(int(out.stdout.rsplit("peak", 1)[1]))
     assert peaks[1] < 1.15 * peaks[0]
+
+
+def test_files_named_twice_add_up_and_odd_text_passes(tmp_path):
+    """A byte-order mark, half a surrogate pair, a very long word and a very long run of spaces."""
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(dict(text="half \ud83d a pair")).encode() + b"\n")
+    (tmp_path / "b.txt").write_text("ACGT" * 20_000 + " " * 100_000 + "end")
+    status, _, err = run(script("text").main, f"--input={tmp_path / 'a.jsonl'}", f"--input={tmp_path / 'b.txt'}", f"--val={tmp_path / 'none'}", "--tokenizer=bpe:400", f"--out={tmp_path / 'd'}")
+    assert status == 1 and "no input file" in err
+    (tmp_path / "v.txt").write_text("held out")
+    status, _, err = run(script("text").main, f"--input={tmp_path / 'a.jsonl'}", f"--input={tmp_path / 'b.txt'}", f"--val={tmp_path / 'v.txt'}", "--tokenizer=bpe:400", f"--out={tmp_path / 'd'}")
+    assert status == 0, err
+    assert decoded(tmp_path / "d", "train") == "half \ufffd a pair<|endoftext|>" + "ACGT" * 20_000 + " " * 100_000 + "end<|endoftext|>"
+
+
+@pytest.mark.parametrize("damage", [lambda f: (f / "train.bin").write_bytes(b"12"), lambda f: (f / "meta.json").write_text("{")])
+def test_a_damaged_stdlib_dataset_is_prepared_again(tmp_path, damage):
+    prepare = script("stdlib")
+    assert run(prepare.main, f"--out={tmp_path}")[0] == 0
+    damage(tmp_path)
+    status, out, err = run(prepare.main, f"--out={tmp_path}")
+    assert status == 0 and "already prepared" not in out and len(data.load_tokens(tmp_path, "train")) > 1_500_000, err

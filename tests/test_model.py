@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import CountProducts, tiny_gpt
 from model import GPT, INSERTS, MIXES, ModelConfig, TopK, gathered_dot, linear_cross_entropy, linear_topk, sparse_decode, sparse_outer
 
-VARIANTS = [("none", "interleave")] + [(i, m) for i in INSERTS if i != "none" for m in MIXES]
+VARIANTS = [("none", "interleave")] + [(i, m) for i in INSERTS if i != "none" for m in MIXES if (i, m) != ("pause", "none")]
 
 
 def batch(vocab=61, B=2, T=12, C=40):
@@ -27,7 +27,7 @@ def plain_attention(attn, x):
 
 
 def plain_forward(model, idx, labels=None, scale=1.0):
-    """(logits, concept loss) as METHOD's steps say, dense: masks over all C, every position through every block."""
+    """(logits, concept loss) as the paper's steps say, dense: masks over all C, every position through every block."""
     c = model.config
     x, concept_loss = model.wte(idx) + model.wpe.weight[:idx.shape[1]], None
     for i, block in enumerate(model.h):
@@ -40,7 +40,8 @@ def plain_forward(model, idx, labels=None, scale=1.0):
                 z = ((x - mean) / (std + 1e-5) - m.bias) @ m.predict.weight.T + m.predict.bias
                 if labels is not None:
                     concept_loss = torch.stack([F.cross_entropy(z.flatten(0, 1), labels[..., j].flatten()) for j in range(labels.shape[-1])]).mean()
-                vector = (dense_topk(z * scale, c.concept_k) @ m.compress + m.compress_bias + m.bias) * std + mean
+                if c.mix != "none":
+                    vector = (dense_topk(z * scale, c.concept_k) @ m.compress + m.compress_bias + m.bias) * std + mean
             if c.mix == "add":
                 x = x + vector
             elif c.mix != "none":

@@ -136,7 +136,7 @@ def test_report_on_a_perfect_and_a_useless_sae(chain, dataset):
     result = sae_module.report(Perfect(16, 48, 6), gpt, 1, tokens, 32, torch.device("cpu"), 10)
     assert result["fvu"] == pytest.approx(0, abs=1e-6) and result["loss_recovered"] == pytest.approx(1)
     useless = SAE(16, 48, 6)
-    x = torch.cat([normalize(sae_module.hidden_states(gpt, x, 1))[0].flatten(0, 1) for x, _ in data.sequential(tokens, 32, 8)])
+    x = torch.cat([normalize(sae_module.hidden_states(gpt, x, 1))[0].flatten(0, 1) for x, _ in data.sequential(tokens, 32, 8, 257)])
     with torch.no_grad():
         useless.pre_bias.copy_(x.mean(0))
         useless.encoder.zero_()

@@ -122,6 +122,14 @@ def test_micro_batches_add_up_to_the_batch(dataset, tmp_path, micro):
         torch.testing.assert_close(runs[micro][name], t, atol=1e-9, rtol=1e-7)
 
 
+def test_val_loss_does_not_depend_on_the_micro_batch(dataset, tmp_path):
+    losses = []
+    for micro in (1, 3, 4):
+        assert run(train.main, *argv(dataset, tmp_path / f"{micro}", "--max_iters=0", f"--micro_batch_size={micro}"))[0] == 0
+        losses.append(read_log(tmp_path / f"{micro}" / "log.jsonl")[1]["val_loss"])
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+
+
 def test_learning_rate_warms_up_from_above_zero_and_ends_at_a_tenth():
     cfg = train.Config(max_iters=600, learning_rate=1.0)
     rates = [train.learning_rate(cfg, step) for step in range(600)]
@@ -162,7 +170,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(dataset, tmp_p
     keep = train.step_losses
     def broken(model, *args):
         loss, concept = keep(model, *args)
-        return (loss * math.nan if model.training and len(calls) > 5 else loss), concept
+        return (loss * math.nan if model.training and len(calls) > 6 else loss), concept
     calls = []
     monkeypatch.setattr(train, "step_losses", lambda *a: (calls.append(1), broken(*a))[1])
     status, _, err = run(train.main, *argv(dataset, tmp_path))

@@ -1,7 +1,7 @@
 """The corpus that needs no download: the running interpreter's own standard library.
 
     python data/stdlib/prepare.py               # writes train.bin, val.bin, meta.json beside this file
-    python data/stdlib/prepare.py --train_bpe   # first makes bpe.tiktoken anew (it is in the repository)
+    python data/stdlib/prepare.py --train_bpe   # first makes the repository's bpe.tiktoken anew, from the train split
 
 About 12 MB of Python source. Tests and machine-made files are left out; whole modules, by a fixed list of
 names, are held out for val, so the split is the same for everyone on one Python version. The library
@@ -27,8 +27,7 @@ LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__p
 @dataclass(frozen=True)
 class Config:
     out: str = config.key(str(HERE), "folder to write to")
-    train_bpe: bool = config.key(False, "make bpe.tiktoken anew from the train split")
-    vocab_size: int = config.key(4096, "tokens of the new BPE, end-of-text included", low=300, high=4096)
+    train_bpe: int | None = config.key(None, "make data/stdlib/bpe.tiktoken anew, of so many tokens", low=300, high=4096, bare="4096", follows=r"\d")
     force: bool = config.key(False, "prepare again though it is done")
 
 
@@ -43,8 +42,18 @@ def files():
     return root, found
 
 
+def prepared(out, digest, tokenizer_hash):
+    """Is the dataset there, whole, of these sources and this tokenizer?"""
+    try:
+        meta = data.load_meta(out)
+        data.load_tokens(out, "train"), data.load_tokens(out, "val")
+        return meta["source_hash"] == digest and meta["tokenizer_hash"] == tokenizer_hash
+    except (config.UserError, KeyError):
+        return False
+
+
 def main(argv):
-    cfg, _ = config.parse(Config, argv, __doc__, most=0)
+    cfg, _ = config.parse(Config, argv, __doc__, most=0, files=False)
     out = Path(cfg.out)
     root, found = files()
     if not found:
@@ -58,13 +67,12 @@ def main(argv):
             splits["val" if module in VAL else "train"].append(text)
     digest = data.fingerprint(*contents)
     if cfg.train_bpe:
-        data.save_bpe(data.train_bpe(splits["train"], cfg.vocab_size), HERE / "bpe.tiktoken")
+        data.save_bpe(data.train_bpe(splits["train"], cfg.train_bpe), HERE / "bpe.tiktoken")
     tokenizer = data.load_tokenizer("stdlib")
-    if not (cfg.force or cfg.train_bpe) and (out / "meta.json").is_file():
+    if not cfg.force and prepared(out, digest, data.tokenizer_hash("stdlib", tokenizer)):
         meta = data.load_meta(out)
-        if meta.get("source_hash") == digest and all((out / f"{s}.bin").is_file() for s in splits):
-            print(f"{out}: already prepared ({meta['train_tokens']:,} train tokens, {meta['val_tokens']:,} val tokens)")
-            return
+        print(f"{out}: already prepared ({meta['train_tokens']:,} train tokens, {meta['val_tokens']:,} val tokens)")
+        return
     (out / "meta.json").unlink(missing_ok=True)
     counts = {}
     with config.progress(sum(len(t) for texts in splits.values() for t in texts), "encode", "char", unit_scale=True) as bar:

@@ -13,6 +13,7 @@ import gzip
 import json
 import lzma
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,10 +36,8 @@ class Config:
 
 
 def pieces(path):
-    """A file as a stream of (text, whether a document ends there). UserError: not there, not UTF-8, not JSON, damaged."""
+    """A file as a stream of (text, whether a document ends there). UserError: of another kind, not UTF-8, not JSON, damaged."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no input file {path}")
     inner, opener = path, open
     if path.suffix in (".gz", ".xz"):
         inner, opener = path.with_suffix(""), {".gz": gzip.open, ".xz": lzma.open}[path.suffix]
@@ -46,7 +45,7 @@ def pieces(path):
         raise UserError(f"{path}: expected .txt or .jsonl, plain, .gz or .xz")
     line = 0
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             if inner.suffix == ".jsonl":
                 for line, text in enumerate(file, 1):
                     if text.strip():
@@ -69,7 +68,7 @@ def pieces(path):
         raise UserError(f"{path} is not UTF-8 text: the byte {e.object[e.start]:#04x} can't be decoded ({e.reason})") from e
     except (json.JSONDecodeError, KeyError, TypeError) as e:
         raise UserError(f"{path}, line {line}: expected a JSON object with a text field \"text\" ({type(e).__name__}: {e})") from e
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as e:
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as e:
         raise UserError(f"{path} is damaged or cut short ({e})") from e
 
 
@@ -110,13 +109,15 @@ def make_tokenizer(cfg):
 
 
 def main(argv):
-    cfg, _ = config.parse(Config, argv, __doc__, most=0)
+    cfg, _ = config.parse(Config, argv, __doc__, most=0, files=False)
     out = Path(cfg.out)
     if not cfg.input:
         raise UserError("--input FILES is needed: .txt or .jsonl, plain, .gz or .xz")
     for path in (*cfg.input, *cfg.val):
         if not Path(path).is_file():
-            raise UserError(f"no input file {path}")
+            raise UserError(f"{path} is a folder; name its files: {path}/*.txt" if Path(path).is_dir() else f"no input file {path}")
+    if same := {Path(p).resolve() for p in cfg.input} & {Path(p).resolve() for p in cfg.val}:
+        raise UserError(f"{same.pop()} is both input and val; leave --val out to hold a part of the input out")
     if (out / "meta.json").is_file() and not cfg.force:
         raise UserError(f"{out} holds a dataset already; --force writes over it, --out=… makes another")
     name, tokenizer = make_tokenizer(cfg)
@@ -125,8 +126,10 @@ def main(argv):
     with config.progress(None, "encode", "char", unit_scale=True) as bar:
         counts["train"] = data.write_tokens(out / "train.bin", stream(cfg.input, None if cfg.val else False), tokenizer, bar)
         counts["val"] = data.write_tokens(out / "val.bin", stream(cfg.val) if cfg.val else stream(cfg.input, True), tokenizer, bar)
-    if not counts["val"]:
-        raise UserError(f"the input is too short to hold a part out ({counts['train']:,} tokens); name a file: --val FILES")
+    if counts["train"] < 2:
+        raise UserError("the input holds no text")
+    if counts["val"] < 2:
+        raise UserError("the files for val hold no text" if cfg.val else f"the input is too short to hold a part out ({counts['train']:,} tokens); name a file: --val FILES")
     data.write_meta(out, name, tokenizer, counts, source=[Path(p).name for p in cfg.input])
     print(f"{out}: {counts['train']:,} train tokens, {counts['val']:,} val tokens, tokenizer {name} ({tokenizer.n_vocab} tokens)")
 

@@ -70,11 +70,27 @@ COLUMNS = (("run", "run", "{}"), ("method", "method", "{}"), ("mix", "mix", "{}"
 
 
 def table(rows):
-    """Rows (dicts) as lines of text, a column for each of COLUMNS; – where a row has no value."""
-    cells = [[title for _, title, _ in COLUMNS]] + [["–" if row.get(name) is None else form.format(row[name]) for name, _, form in COLUMNS] for row in rows]
+    """Rows (dicts) as lines of text, a column for each of COLUMNS that some row has; – where one has no value."""
+    columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows)]
+    cells = [[title for _, title, _ in columns]] + [["–" if row.get(name) is None else form.format(row[name]) for name, _, form in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join(cell.ljust(w) if i < 4 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in cells]
+    left = [form == "{}" for _, _, form in columns]
+    lines = ["  ".join(cell.ljust(w) if l else cell.rjust(w) for cell, w, l in zip(row, widths, left)) for row in cells]
     return "\n".join([lines[0], "─" * len(lines[0])] + lines[1:])
+
+
+def log_of(run):
+    """The log.jsonl of a run's folder, or the log itself (results/ keeps logs by name)."""
+    path = Path(run) if str(run).endswith(".jsonl") else Path(run) / "log.jsonl"
+    if not path.is_file():
+        raise UserError(f"no log at {path}: name a run's folder or a log of one")
+    return path
+
+
+def named(paths):
+    """[(a short name, path)]: the run's folder, or the log's own name; whole paths where two would be alike."""
+    names = [path.parent.name if path.name in ("ckpt.pt", "log.jsonl") else path.stem for path in paths]
+    return list(zip(names if len(set(names)) == len(names) else map(str, paths), paths))
 
 
 def course(logs, columns=8):
@@ -113,6 +129,22 @@ def plot(path, logs):
     plt.close(figure)
 
 
+def evaluate_run(name, path, device, cfg):
+    """(a row of the table, the log's lines or None) for the checkpoint at path."""
+    content = load_checkpoint(path, RUN)
+    trained = content["train_config"]
+    row = dict(run=name, method=trained["method"])
+    if trained["method"] != "ntp":
+        row["mix"] = trained["mix"]
+    if trained["method"] == "cocomix":
+        row["select"] = trained["select"]
+    log_path = path.parent / "log.jsonl"
+    log = config.read_log(log_path) if log_path.is_file() else None
+    if log:
+        row |= training(log)
+    return row | evaluate(content, device, cfg.tokens, cfg.batch_size), log
+
+
 def main(argv):
     cfg, runs = config.parse(Config, argv, __doc__, files=False)
     if cfg.plot and Path(cfg.plot).suffix not in (".png", ".svg", ".pdf"):
@@ -121,35 +153,21 @@ def main(argv):
         if Path(path).is_dir():
             raise UserError(f"{path} is a folder; name a file in it")
     device = pick_device(cfg.device)
-    paths = [find_checkpoint(run) for run in runs or [None]]
-    names = [path.parent.name for path in paths]
-    if len(set(names)) < len(names):
-        names = [str(path.parent) for path in paths]
-    rows, logs = [], {}
     if cfg.compare:
-        logs = {name: config.read_log(path.parent / "log.jsonl") for name, path in zip(names, paths)}
+        logs = {name: config.read_log(path) for name, path in named([log_of(run) for run in runs or [find_checkpoint().parent]])}
         print(course(logs))
-        paths = []
-    for name, path in zip(names, paths):
-        content = load_checkpoint(path, RUN)
-        trained = content["train_config"]
-        row = dict(run=name, method=trained["method"])
-        if trained["method"] != "ntp":
-            row["mix"] = trained["mix"]
-        if trained["method"] == "cocomix":
-            row["select"] = trained["select"]
-        log_path = path.parent / "log.jsonl"
-        if log_path.is_file() and (log := config.read_log(log_path)):
-            logs[name] = log
-            row |= training(log)
-        row |= evaluate(content, device, cfg.tokens, cfg.batch_size)
-        rows.append(row)
-    if rows:
+    else:
+        rows, logs = [], {}
+        for name, path in named([find_checkpoint(run) for run in runs or [None]]):
+            row, log = evaluate_run(name, path, device, cfg)
+            rows.append(row)
+            if log:
+                logs[name] = log
         print(table(rows))
-    if cfg.write:
-        Path(cfg.write).parent.mkdir(parents=True, exist_ok=True)
-        with open(cfg.write, "a") as file:
-            file.writelines(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n" for row in rows)
+        if cfg.write:
+            Path(cfg.write).parent.mkdir(parents=True, exist_ok=True)
+            with open(cfg.write, "a") as file:
+                file.writelines(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n" for row in rows)
     if cfg.plot:
         if not logs:
             raise UserError("nothing to draw: no log.jsonl beside these checkpoints")

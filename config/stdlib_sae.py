@@ -7,5 +7,5 @@ n_concepts = 2048
 k = 16
 k_aux = 64               # a power of two near half the width
 max_tokens = 500_000
-batch_size = 2048
+batch_size = 1024
 learning_rate = 2e-3

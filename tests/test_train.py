@@ -203,6 +203,17 @@ def test_eval_prints_a_table_of_what_a_plain_evaluation_gives(chain, dataset, tm
     assert "hit rate" in out and "cocomix" in out and "–" in out
 
 
+def test_compare_prints_the_course_of_training_from_folders_and_from_logs(chain, tmp_path):
+    import shutil
+    shutil.copy(Path(chain["cocomix"]) / "log.jsonl", tmp_path / "mine.jsonl")
+    status, out, err = run(evaluation.main, "--compare", chain["ntp"], tmp_path / "mine.jsonl", f"--plot={tmp_path / 'c.svg'}")
+    assert status == 0, err
+    lines = out.splitlines()
+    val = [line["val_loss"] for line in read_log(tmp_path / "mine.jsonl") if line.get("step") and "val_loss" in line]
+    assert lines[0] == "| run | 0.00M | 0.00M |" and lines[3] == f"| mine | {val[0]:.3f} | {val[1]:.3f} |" and lines[2].startswith("| ntp |")
+    assert (tmp_path / "c.svg").is_file()
+
+
 def test_sample_is_repeatable_steers_and_inspects(chain, dataset):
     common = [chain["cocomix"], "--device=cpu", "--max_new_tokens=12", "--start=def f"]
     plain = run(sample.main, *common)

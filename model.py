@@ -511,15 +511,20 @@ def find_checkpoint(run=None):
     return path
 
 
-def load_checkpoint(run=None, needs=("model_config", "model")):
-    """A checkpoint as a dict of tensors and plain values, on the CPU. UserError: none there, damaged, not one of ours."""
-    path = find_checkpoint(run)
+def read_tensors(path, what):
+    """A file of torch.save as tensors and plain values, never code, on the CPU. UserError: cut short, damaged, not one."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as e:
-        raise UserError(f"{path} can't be read as a checkpoint ({type(e).__name__}): cut short, damaged, or not made by train.py") from e
+    except Exception as e:  # torch and pickle raise many kinds
+        raise UserError(f"{path} can't be read as {what} ({type(e).__name__}): cut short, damaged, or not one") from e
+
+
+def load_checkpoint(run=None, needs=("model_config", "model")):
+    """A checkpoint as a dict of tensors and plain values. UserError: none there, damaged, not of this kind."""
+    path = find_checkpoint(run)
+    content = read_tensors(path, "a checkpoint")
     if not isinstance(content, dict) or not all(key in content for key in needs):
         raise UserError(f"{path} is not a checkpoint of this kind: {', '.join(needs)} expected in it")
     return content
@@ -565,6 +570,8 @@ def pick_device(name="auto"):
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("expected cpu, cuda or mps")
         torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 where products are in float32
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"device={name!r} is not available here ({str(e).splitlines()[0]})") from e
     return device
@@ -601,11 +608,11 @@ def _from_hub(repo, file):
 def _read_weights(path):
     if not path.is_file():
         raise UserError(f"no weights at {path}")
+    if path.suffix != ".safetensors":
+        return read_tensors(path, "weights")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        from safetensors.torch import load_file
+        return load_file(path)
     except ImportError as e:
         raise UserError(f"{path} needs the safetensors package (pip install safetensors), or bring pytorch_model.bin instead") from e
     except Exception as e:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import config
 import data
 from config import UserError, key
-from model import (TopK, linear_cross_entropy, linear_topk, load_checkpoint, load_gpt, pick_device, save_checkpoint, sparse_decode)
+from model import (TopK, linear_cross_entropy, linear_topk, load_checkpoint, load_gpt, pick_device, read_tensors, save_checkpoint, sparse_decode)
 
 PUBLISHED = "https://openaipublic.blob.core.windows.net/sparse-autoencoder/gpt2-small/resid_post_mlp_v5_{size}/autoencoders/{layer}.pt"
 
@@ -125,12 +125,7 @@ def load_sae(name, layer, d, device="cpu", gpt=None):
             raise UserError(f"{path} was trained on layer {info['concept_layer']}, not on concept_layer={layer}; set --concept_layer={info['concept_layer']}")
         if info and gpt is not None and info.get("concept_model_hash") not in (None, model_hash(gpt)):
             raise UserError(f"{path} was trained on another concept model (as {info['concept_model']} was then); train it again: python sae.py --concept_model=…")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as e:
-        raise UserError(f"{path} can't be read as an SAE ({type(e).__name__}): cut short, damaged, or not one") from e
+    state = read_tensors(path, "an SAE")
     sae = SAE.from_published(state, path)
     if sae.encoder.shape[1] != d:
         raise UserError(f"{path} is for hidden states of width {sae.encoder.shape[1]}, but the concept model's have {d}; train one: python sae.py --concept_model=…")

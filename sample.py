@@ -78,17 +78,17 @@ def usage(model, content, tokens, device, strongest=4):
 
 
 @torch.no_grad()
-def choose(model, idx, content, tokens, device, n=3, candidates=32, factors=(-8.0, 8.0)):
+def choose(model, tokenizer, idx, content, tokens, device, n=3, candidates=32, factors=(-8.0, 8.0)):
     """Concepts to show: of the often used, the n that steer best.
 
-    A concept's own tokens are the five with the highest lift: how much more often they follow where the model
-    predicts it than elsewhere. It steers well where a factor raises the share of the model's next-token
+    A concept's own tokens are the five with a letter and the highest lift: how much more often they follow where the
+    model predicts it than elsewhere. It steers well where a factor raises the share of the model's next-token
     probability, at the prompt's last position, that its own tokens take. → [(concept, factor, own tokens)]
     """
     count, then, share = usage(model, content, tokens, device)
     trials = []
     for concept, used in count.most_common(candidates):
-        enough = [t for t, m in then[concept].items() if m >= 5]
+        enough = [t for t, m in then[concept].items() if m >= 5 and any(c.isalpha() for c in tokenizer.decode([t]))]
         own = sorted(enough, key=lambda t: then[concept][t] / used / share[t] * math.log1p(then[concept][t]), reverse=True)[:5]
         if own:
             trials += [(concept, factor, own) for factor in factors]
@@ -165,7 +165,7 @@ def main(argv):
         return
     window = idx[:, -model.config.block_size:]
     if cfg.steer == "auto":  # learn the concepts' use, and which of them turn this prompt
-        chosen = choose(model, window, content, cfg.tokens, device)
+        chosen = choose(model, tokenizer, window, content, cfg.tokens, device)
         runs = [({c: f}, f"concept {c} × {f:g}, which comes before " + " ".join(repr(tokenizer.decode([t])) for t in own)) for c, f, own in chosen]
     else:
         runs = [(factors, "steered: " + ", ".join(f"concept {c} × {f:g}" for c, f in factors.items()))]

@@ -170,7 +170,6 @@ def main(argv):
     # the models
     bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
     autocast = torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
-    torch.set_float32_matmul_precision("high")
     torch.manual_seed(cfg.seed)
     concept_model, n_concepts = None, 0
     if cfg.method == "cocomix":

@@ -252,3 +252,16 @@ def test_gpt2_weights_load_from_a_folder_in_the_hubs_layout(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="not GPT-2's weights"):
         load_gpt(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_gpt2_equals_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs transformers (requirements-test.txt)")
+    from model import load_gpt
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=128, n_head=2, n_layer=3, n_positions=32, vocab_size=211, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    ours, _ = load_gpt(str(tmp_path))
+    idx = torch.randint(211, (2, 32))
+    torch.testing.assert_close(ours(idx).logits, theirs(idx).logits, atol=1e-4, rtol=1e-4)

@@ -14,9 +14,9 @@ The lower blocks run without gradients, the upper ones with the gradient for h a
 from collections import Counter
 from dataclasses import dataclass
 
+import config  # before torch: see its excepthook
 import torch
 
-import config
 import data
 from config import UserError, key
 from model import RUN, TopK, gathered_dot, linear_cross_entropy, load_checkpoint, load_gpt, pick_device

@@ -13,10 +13,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import config  # before torch: see its excepthook
 import torch
 
 import concepts
-import config
 import data
 from config import UserError, key
 from model import RUN, find_checkpoint, load_checkpoint, load_model, perplexity, pick_device

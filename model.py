@@ -596,7 +596,10 @@ def load_gpt(name, device="cpu"):
 
 def _from_hub(repo, file):
     try:
+        import logging
+
         from huggingface_hub import hf_hub_download
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news; what fails is said below
     except ImportError as e:
         raise UserError(f"fetching {repo} needs huggingface_hub: pip install datasets") from e
     try:

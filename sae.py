@@ -20,11 +20,11 @@ import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import config  # before torch: see its excepthook
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import config
 import data
 from config import UserError, key
 from model import (TopK, linear_cross_entropy, linear_topk, load_checkpoint, load_gpt, pick_device, read_tensors, save_checkpoint, sparse_decode)

@@ -12,9 +12,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import config  # before torch: see its excepthook
 import torch
 
-import config
 import data
 from config import UserError, key
 from model import RUN, load_checkpoint, load_model, pick_device

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import config  # before torch: see its excepthook
 import torch
 
-import config
 import data
 from concepts import load_concept_model
 from config import UserError, key
@@ -140,6 +140,10 @@ def main(argv):
     tokens_a_step = cfg.batch_size * cfg.block_size
     if cfg.max_tokens is not None:
         cfg = config.replace(cfg, max_iters=-(-cfg.max_tokens // tokens_a_step))
+    if not cfg.out_dir.strip():
+        raise UserError("out_dir is empty: name a folder, such as --out_dir=out/run")
+    if cfg.min_lr is not None and cfg.min_lr > cfg.learning_rate:
+        raise UserError(f"min_lr={cfg.min_lr} is over learning_rate={cfg.learning_rate}: the rate falls from the one to the other")
     if cfg.resume and cfg.overwrite:
         raise UserError("--resume and --overwrite exclude each other: go on with the run, or start it again?")
     device, out = pick_device(cfg.device), Path(cfg.out_dir)
@@ -153,8 +157,10 @@ def main(argv):
         content = load_checkpoint(checkpoint, (*RUN, "optimizer", "step", "seconds", "rng", "val_loss", "best_val_loss"))
         config.check_same(content["train_config"], asdict(cfg), checkpoint, FREE)
         if content["step"] >= cfg.max_iters:
-            print(f"{out}: already trained ({content['step']} steps, val loss {content['val_loss']:.4f})")
+            print(f"{out}: already trained ({content['step']} steps, val loss {content['val_loss']:.4f} on its sample of val)")
             return
+    if cfg.resume and content is None:
+        print(f"{out}: nothing to resume, starting")
     meta = data.load_meta(cfg.dataset)
     vocab_size = meta["vocab_size"]
     if content is not None:
@@ -279,7 +285,7 @@ def main(argv):
                 since, clock = step, time.perf_counter()
             if stopping and not last:
                 return stop.leave(checkpoint, step)
-    print(f"{out}: val loss {val_loss:.4f} (perplexity {perplexity(val_loss):.2f}) after {step} steps, {step * tokens_a_step / max(seconds, 1e-9):,.0f} tokens/s")
+    print(f"{out}: val loss {val_loss:.4f} (perplexity {perplexity(val_loss):.2f}) on {sum(x.numel() for x, _ in val_batches):,} tokens of val after {step} steps, {step * tokens_a_step / max(seconds, 1e-9):,.0f} tokens/s")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,17 @@ from tqdm import tqdm
 replace = dataclasses.replace  # a copy of a config with other values
 
 
+def _no_traceback_for_ctrl_c(kind, error, trace):
+    """Ctrl-C while a script still imports its libraries: this module is imported first, so that it is a line too."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _no_traceback_for_ctrl_c
+
+
 class UserError(Exception):
     """Something a person can mend: one line that says what is wrong, with which value, and the remedy."""
 

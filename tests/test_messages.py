@@ -136,6 +136,8 @@ TABLE = {  # what is wrong: (command, arguments, what the line must say)
     "a config file where a run is": (sample.main, "config/stdlib_ntp.py", "unexpected config file", "takes a run"),
     "one dash": (train.main, "-seed=3", "unexpected argument '-seed=3'", "--seed=3"),
     "a device that computes nothing": (train.main, "--dataset={dataset} --device=meta", "device='meta'", "cpu, cuda or mps"),
+    "no folder": (train.main, "--dataset={dataset} --out_dir=", "out_dir is empty", "--out_dir=out/run"),
+    "a rate that would rise": (train.main, "--dataset={dataset} --min_lr=1", "min_lr=1.0 is over learning_rate=0.001", ""),
     "resume and overwrite": (train.main, "--dataset={dataset} --resume --overwrite", "exclude each other", ""),
     "pause vectors that are not inserted": (train.main, "--dataset={dataset} --method=pause --mix=none", "insert nothing", "method='ntp'"),
     "more memory than there is": (train.main, "--dataset={dataset} --n_embd=1099511627776", "out of memory", "--micro_batch_size"),

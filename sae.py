@@ -20,7 +20,7 @@ import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import config  # before torch: see its excepthook
+import config  # before torch: from here on Ctrl-C ends without a traceback
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import config  # before torch: see its excepthook
+import config  # before torch: from here on Ctrl-C ends without a traceback
 import torch
 
 import data

@@ -30,15 +30,15 @@ from tqdm import tqdm
 replace = dataclasses.replace  # a copy of a config with other values
 
 
-def _no_traceback_for_ctrl_c(kind, error, trace):
-    """Ctrl-C while a script still imports its libraries: this module is imported first, so that it is a line too."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("stopped", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
+def _leave(number, _):
+    """Ctrl-C while a script of ours still imports its libraries, which would print a traceback or swallow it."""
+    os.write(2, b"stopped\n")
+    os._exit(128 + number)
 
 
-sys.excepthook = _no_traceback_for_ctrl_c
+_main = getattr(sys.modules["__main__"], "__file__", None)
+if _main and Path(_main).resolve().is_relative_to(Path(__file__).resolve().parents[1]) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _leave)  # until `run` has the command in hand
 
 
 class UserError(Exception):
@@ -220,6 +220,8 @@ def help_text(cls, doc=""):
 
 def run(main):
     """main(argv), ending as a command should: an error that a person can mend is one line, exit status 1."""
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows a ? for it
     try:

@@ -166,6 +166,19 @@ def test_a_signal_saves_and_resume_goes_on(dataset, tmp_path, number):
     assert step >= 5 and step == max(line["step"] for line in read_log(log))
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see that torch is being loaded")
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_ctrl_c_while_libraries_are_imported_prints_no_traceback(script, tmp_path):
+    before = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen([sys.executable, str(ROOT / script), str(tmp_path)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=before)
+    deadline = time.time() + 30
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text() and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=30)[1]
+    assert process.returncode == 130 and err in ("", "stopped\n")
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(dataset, tmp_path, monkeypatch):
     keep = train.step_losses
     def broken(model, *args):

@@ -2,7 +2,7 @@
 
     python concepts.py out/stdlib/cocomix            # the concepts a run was trained with: how often, on what
 
-For tokens and their targets, with h the hidden state after block concept_layer (section 2.1 of the paper):
+For tokens and their targets, with h the hidden state after block concept_layer:
 
     c = SAE's active concepts of h                              sparse, k of C
     g = ∂(mean next-token loss) / ∂h                            h left as it is, weights frozen
@@ -21,8 +21,6 @@ import data
 from config import UserError, key
 from model import RUN, TopK, gathered_dot, linear_cross_entropy, load_checkpoint, load_gpt, pick_device
 from sae import check_layer, hidden_states, load_sae, normalize
-
-SELECTS, ATTRIBUTIONS, SIGNS = ("attribution", "activation"), ("code", "paper"), ("raise", "lower", "abs")
 
 
 class ConceptModel:

@@ -288,7 +288,7 @@ class Concepts(nn.Module):
         L = logsumexp(z) − mean over the labels i of z_i      the concept loss: cross-entropy, each label 1/attr_k
         ĉ = (W TopK(z) + b_W + b) · σ + μ                     TopK keeps values as they are, no ReLU
 
-    The paper, sections 2.2 and 2.3, has z = M(h) and ĉ = W TopK(z) + b; this form is the official code's.
+    The paper has z = M(h) and ĉ = W TopK(z) + b; this form is the official code's.
     """
     def __init__(self, config):
         super().__init__()
@@ -310,8 +310,8 @@ class Concepts(nn.Module):
         return self.predict(self.normalize(h)[0])
 
     def forward(self, h, labels=None, scale=None):
-        """(ĉ or None if none is mixed in, the concepts kept, the concept loss or None). scale: a factor for each z_i, (C,) or (B, 1, C):
-        steering (section 3.3); it leaves the loss out."""
+        """(ĉ or None if none is mixed in, the concepts kept, the concept loss or None). scale: steering, a factor for
+        each z_i, (C,) or (B, 1, C); it leaves the loss out."""
         normal, mean, std = self.normalize(h)
         if scale is None:
             top, loss = linear_topk(normal, self.predict.weight, self.predict.bias, self.k, labels)

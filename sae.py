@@ -254,7 +254,7 @@ def losses(sae, x, dead, k_aux):
     """(FVU of x, AuxK, the concepts of x). x (N, d) normalised; dead (C,) bool.
 
     AuxK: the residual rebuilt from the k_aux largest dead latents, its squared error over the residual's
-    variance; 0 where nothing is dead (arXiv 2406.04093, appendix A.2).
+    variance; 0 where nothing is dead (arXiv 2406.04093).
     """
     top = sae.encode(x)
     residual = x - sae.decode(top)

@@ -5,7 +5,7 @@
     python sample.py out/stdlib/cocomix --steer                    # plain beside steered; the concepts chosen by itself
     python sample.py out/stdlib/cocomix --steer=17:6,204:-8        # by these: concept 17 times 6, concept 204 times -8
 
-Steering multiplies a concept's logit z_i before TopK, at every position (section 3.3 of the paper: -10 … 10).
+Steering multiplies a concept's logit z_i before TopK, at every position (the paper's factors: -10 … 10).
 """
 import math
 from collections import Counter

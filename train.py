@@ -35,7 +35,7 @@ class Config:
     dropout: float = key(0.0, "share of activations dropped", low=0, high=0.99)
     bias: bool = key(True, "biases in linear layers and LayerNorms")
     embedding_std: float = key(0.02, "of the token embedding at the start; a small width learns faster with about 1/sqrt(n_embd)", low=0)
-    # concepts (eq. 1 to 4)
+    # concepts
     concept_model: str = key("gpt2", "names the concepts: a run, GPT-2 weights, or gpt2")
     sae: str = key("openai", "its SAE: a run of sae.py, a file in the published layout, openai or openai_128k")
     concept_layer: int = key(5, "the SAE reads the hidden state after this block", low=0)

@@ -1,6 +1,8 @@
 """The concept model: a frozen GPT and a sparse autoencoder that name the concepts that matter at each position.
 
-    python concepts.py out/stdlib/cocomix            # the concepts a run was trained with: how often, on what
+    python concepts.py out/stdlib/cocomix                            # the concepts a run was trained with: how often, on what
+    python concepts.py out/stdlib/cocomix --weights                  # how much the model uses each concept it predicts
+    python concepts.py config/stdlib_cocomix.py --write_labels       # make the labels of all train tokens once, for train.py --labels=disk
 
 For tokens and their targets, with h the hidden state after block concept_layer:
 
@@ -11,61 +13,120 @@ For tokens and their targets, with h the hidden state after block concept_layer:
 
 The lower blocks run without gradients, the upper ones with the gradient for h alone.
 """
+import json
+import math
+import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple
 
 import config  # before torch: from here on Ctrl-C ends without a traceback
+import numpy as np
 import torch
 
 import data
 from config import UserError, key
-from model import RUN, TopK, gathered_dot, linear_cross_entropy, load_checkpoint, load_gpt, pick_device
-from sae import check_layer, hidden_states, load_sae, normalize
+from model import RUN, Teacher, TopK, gathered_dot, linear_cross_entropy, load_checkpoint, load_gpt, load_model, pick_device
+from sae import check_layer, hidden_states, load_sae, model_hash, normalize
+
+
+@dataclass(frozen=True)
+class LabelKeys:
+    """The keys on which labels depend; train.py has them too."""
+    dataset: str = key("openwebtext", "a name under data/ or a folder with train.bin, val.bin, meta.json")
+    block_size: int = key(1024, "tokens of context", low=1)
+    concept_model: str = key("gpt2", "names the concepts: a run, GPT-2 weights, or gpt2")
+    sae: str = key("openai", "its SAE: a run of sae.py, a file in the published layout, openai or openai_128k")
+    concept_layer: int = key(5, "the SAE reads the hidden state after this block", low=0)
+    attr_k: int = key(4, "label concepts a position", low=1)
+    select: Literal["attribution", "activation"] = key("attribution", "how labels are chosen")
+    attribution: Literal["code", "paper"] = key("code", "among the active concepts, or among all by their values before TopK")
+    attribution_sign: Literal["raise", "lower", "abs"] = key("raise", "concepts whose growth raises the loss, lowers it, or either")
+    device: str = key("auto", "cpu, cuda, cuda:1, mps; auto takes the fastest there is")
+    dtype: Literal["auto", "float32", "bfloat16"] = key("auto", "of matrix products; auto: bfloat16 on CUDA, else float32")
+
+
+class Guidance(NamedTuple):
+    """What the concept model says of a batch; None where it was not asked."""
+    labels: torch.Tensor | None = None  # (B, T, attr_k) int64, the concepts to predict; or (B, T, d) the normalised hidden state itself
+    teacher: Teacher | None = None      # its next-token distribution (KD)
 
 
 class ConceptModel:
-    """GPT + SAE → labels (B, T, attr_k).
+    """A frozen GPT and its SAE (None where no concepts are asked for).
 
+    target        concept: labels (B, T, attr_k); hidden: the hidden state as the SAE reads it; none
     select        attribution, or activation: the attr_k strongest concepts
     attribution   code: a_i over the active concepts, as above; paper: over all C, with the values before TopK (eq. 1)
     sign          raise: the largest a_i (paper and code); lower: the largest -a_i; abs: the largest |a_i|
+    teaches       whether its next-token distribution is asked for too
     bf16          the GPT's matrix products in bfloat16 (the SAE's stay in float32)
     """
-    def __init__(self, gpt, sae, layer, attr_k=4, select="attribution", attribution="code", sign="raise", bf16=False):
+    def __init__(self, gpt, sae, layer, attr_k=4, select="attribution", attribution="code", sign="raise", target="concept", teaches=False, bf16=False):
         check_layer(gpt, layer)
-        among = sae.k if select == "activation" or attribution == "code" else len(sae.encoder)
-        if attr_k > among:
-            raise UserError(f"attr_k={attr_k} labels can't be chosen among {among} concepts")
+        if target == "concept":
+            among = sae.k if select == "activation" or attribution == "code" else len(sae.encoder)
+            if attr_k > among:
+                raise UserError(f"attr_k={attr_k} labels can't be chosen among {among} concepts")
         self.gpt, self.sae, self.layer, self.bf16 = gpt, sae, layer, bf16
         self.attr_k, self.select, self.attribution, self.sign = attr_k, select, attribution, sign
+        self.target, self.teaches = target, teaches
+
+    def guide(self, idx, targets, teaches=None):
+        """Tokens and their targets (B, T) → Guidance, from one forward pass. teaches: other than the model's."""
+        teaches = self.teaches if teaches is None else teaches
+        with torch.autocast(idx.device.type, enabled=False):  # the same precision wherever this is called from
+            h = hidden_states(self.gpt, idx, self.layer, self.bf16)
+            labels = end = teacher = None
+            if self.target == "concept":
+                labels, end = self._choose(h, targets)
+            elif self.target == "hidden":
+                labels = normalize(h)[0].float() if self.bf16 else normalize(h)[0]
+            if teaches:
+                with torch.no_grad(), torch.autocast(h.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+                    if end is None:
+                        end = self._upper(h)
+                    teacher = Teacher(self.gpt.ln_f(end), self.gpt.wte.weight)
+            return Guidance(labels, teacher)
 
     def labels(self, idx, targets):
-        """The concepts to predict at each position: tokens and targets (B, T) → (B, T, attr_k) int64, best first.
+        """What to predict at each position: (B, T, attr_k) int64 concepts, best first; or the hidden states (B, T, d)."""
+        return self.guide(idx, targets, teaches=False).labels
+
+    def without_concepts(self):
+        """The same model, asked for its next-token distribution alone: labels are known already."""
+        return ConceptModel(self.gpt, None, self.layer, target="none", teaches=True, bf16=self.bf16)
+
+    def _choose(self, h, targets):
+        """Hidden states (B, T, d) and targets → (label concepts, the state after the last block or None if it wasn't needed).
 
         Attribution in the code's form chooses among concepts above 0; where fewer than attr_k are, the best stands again.
         """
-        with torch.autocast(idx.device.type, enabled=False):  # the same precision wherever this is called from
-            h = hidden_states(self.gpt, idx, self.layer, self.bf16)
-            x = normalize(h)[0].to(self.sae.encoder.dtype)
-            with torch.no_grad():
-                active = self.sae.encode(x)
-            if self.select == "activation":
-                return active.indices[..., :self.attr_k]
-            grad = self.loss_gradient(h, targets)
-            if self.attribution == "paper":
-                return torch.stack([self._signed(a).topk(self.attr_k).indices for a in self._attributions_of_all(x, grad)])
-            scores = self._signed(self.attributions(active, grad).values).masked_fill(active.values <= 0, -torch.inf)
-            best = scores.topk(self.attr_k)
-            labels = active.indices.gather(-1, best.indices)
-            return torch.where(best.values == -torch.inf, labels[..., :1], labels)
+        x = normalize(h)[0].to(self.sae.encoder.dtype)
+        with torch.no_grad():
+            active = self.sae.encode(x)
+        if self.select == "activation":
+            return active.indices[..., :self.attr_k], None
+        grad, end = self.loss_gradient(h, targets)
+        if self.attribution == "paper":
+            return torch.stack([self._signed(a).topk(self.attr_k).indices for a in self._attributions_of_all(x, grad)]), end
+        scores = self._signed(self.attributions(active, grad).values).masked_fill(active.values <= 0, -torch.inf)
+        best = scores.topk(self.attr_k)
+        labels = active.indices.gather(-1, best.indices)
+        return torch.where(best.values == -torch.inf, labels[..., :1], labels), end
+
+    def _upper(self, h):
+        """The state after the last block (B, T, d) from that after block `layer`."""
+        return self.gpt.blocks(h, self.layer + 1, self.gpt.config.n_layer)[0]
 
     def loss_gradient(self, h, targets):
-        """g = ∂(mean next-token loss) / ∂h, for hidden states h (B, T, d) after block `layer` → (B, T, d)."""
+        """(g, end): g = ∂(mean next-token loss) / ∂h for hidden states h (B, T, d) after block `layer`, (B, T, d); end, the
+        state after the last block."""
         with torch.enable_grad(), torch.autocast(h.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             h = h.detach().requires_grad_()
-            end = self.gpt.blocks(h, self.layer + 1, self.gpt.config.n_layer)[0]
-            loss = linear_cross_entropy(self.gpt.ln_f(end), self.gpt.wte.weight, targets, self.gpt.config.vocab_size)
-        return torch.autograd.grad(loss, h)[0].to(self.sae.decoder.dtype)
+            end = self._upper(h)
+            loss, _ = linear_cross_entropy(self.gpt.ln_f(end), self.gpt.wte.weight, targets, self.gpt.config.vocab_size)
+        return torch.autograd.grad(loss, h)[0].to(self.sae.decoder.dtype), end.detach()
 
     def attributions(self, active, grad):
         """a_i = c_i · ⟨W_dec,i, g⟩ at the active concepts: TopK (B, T, k), g (B, T, d) → the same with a for c."""
@@ -82,40 +143,127 @@ class ConceptModel:
         return {"raise": a, "lower": -a, "abs": a.abs()}[self.sign]
 
     def flops_per_token(self, block_size=None):
-        """Operations to make a token's labels, in a context of block_size tokens: the whole forward, the SAE's encoder, and, for attribution, the upper
-        blocks' and the head's gradient for their inputs."""
+        """Operations a token costs at the least, in a context of block_size tokens: the blocks up to `layer`; the SAE's encoder
+        for concepts; the upper blocks and the head for attribution or a teacher, and their gradient for attribution."""
         d, block_size = self.gpt.config.n_embd, block_size or self.gpt.config.block_size
         forward = self.gpt.flops_per_token(backward=False, block_size=block_size)
-        upper = forward - (self.layer + 1) * (24 * d ** 2 + 2 * d * block_size)
-        if self.select == "activation":
-            forward, upper = forward - upper, 0
-        return forward + upper + self.sae.flops_per_token()
+        lower = (self.layer + 1) * (24 * d ** 2 + 2 * d * block_size)
+        attributes = self.target == "concept" and self.select == "attribution"
+        return lower + (forward - lower) * ((attributes or self.teaches) + attributes) + (self.sae.flops_per_token() if self.target == "concept" else 0)
 
 
-def load_concept_model(concept_model, sae, layer, device, **choices):
-    """(ConceptModel, its tokenizer's hash) from the keys `concept_model`, `sae` and `concept_layer`."""
-    gpt, tokenizer = load_gpt(concept_model, device)
-    check_layer(gpt, layer)  # before an SAE is looked for there
-    return ConceptModel(gpt, load_sae(sae, layer, gpt.config.n_embd, device, gpt), layer, **choices), tokenizer
+def uses_bf16(dtype, device):
+    """Whether the key dtype means bfloat16 on this device."""
+    return dtype == "bfloat16" or dtype == "auto" and device.type == "cuda"
+
+
+def load_concept_model(keys, device, target="concept", teaches=False):
+    """(ConceptModel, its tokenizer's hash) from LabelKeys."""
+    gpt, tokenizer = load_gpt(keys.concept_model, device)
+    check_layer(gpt, keys.concept_layer)  # before an SAE is looked for there
+    sae = load_sae(keys.sae, keys.concept_layer, gpt.config.n_embd, device, gpt) if target == "concept" else None
+    return ConceptModel(gpt, sae, keys.concept_layer, keys.attr_k, keys.select, keys.attribution, keys.attribution_sign, target, teaches,
+                        uses_bf16(keys.dtype, device)), tokenizer
+
+
+def check_tokenizer(keys, meta, tokenizer, gpt):
+    """UserError if the dataset is in tokens of another tokenizer than the concept model's, or its blocks are too long for it."""
+    if tokenizer != meta["tokenizer_hash"]:
+        raise UserError(f"dataset {keys.dataset!r} is in tokens of {meta['tokenizer']!r}; the concept model {keys.concept_model} was trained on another tokenizer's")
+    if keys.block_size > gpt.config.block_size:
+        raise UserError(f"block_size={keys.block_size} is over the concept model's {gpt.config.block_size}")
 
 
 def of_run(content, device):
-    """The ConceptModel that a checkpoint's run was trained with; None for a method without one."""
-    t = content["train_config"]
-    if t["method"] != "cocomix":
+    """The ConceptModel whose concepts (or hidden states) a checkpoint's run learned to predict; None if it did not."""
+    target = content["model_config"]["insert"]
+    if target not in ("concept", "hidden"):
         return None
-    return load_concept_model(t["concept_model"], t["sae"], t["concept_layer"], device, attr_k=t["attr_k"], select=t["select"],
-                              attribution=t["attribution"], sign=t["attribution_sign"], bf16=device.type == "cuda" and t["dtype"] != "float32")[0]
+    known = {f.name for f in fields(LabelKeys)}
+    return load_concept_model(LabelKeys(**{k: v for k, v in content["train_config"].items() if k in known}), device, target)[0]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Labels on disk: all blocks of train.bin, unshifted, (blocks, block_size, attr_k), after a header of JSON
+
+HEADER = 4096  # bytes
+
+
+def labels_header(concept_model, keys, tokens):
+    """What labels depend on: they are reused only where all of it is the same."""
+    c = concept_model
+    name = f"labels_{c.select}" + (f"_{c.attribution}_{c.sign}" if c.select == "attribution" else "") + f"_layer{c.layer}_k{c.attr_k}_block{keys.block_size}"
+    n_concepts = len(c.sae.encoder)
+    return dict(name=name, concept_model=model_hash(c.gpt), sae=model_hash(c.sae), bf16=c.bf16, n_concepts=n_concepts, dtype="<u2" if n_concepts <= 1 << 16 else "<u4",
+                tokens=data.fingerprint(tokens[:1 << 20].tobytes(), tokens[-1 << 20:].tobytes()), shape=[(len(tokens) - 1) // keys.block_size, keys.block_size, c.attr_k])
+
+
+def labels_path(dataset, header):
+    return data.dataset_dir(dataset) / (header["name"] + ".bin")
+
+
+def read_header(path):
+    """The header of a file of labels; None if it has none."""
+    with open(path, "rb") as file:
+        try:
+            return json.loads(file.read(HEADER))
+        except ValueError:
+            return None
+
+
+def open_labels(concept_model, keys):
+    """Labels that write_labels wrote, memory-mapped: (blocks, block_size, attr_k). UserError: none there, cut short, or
+    those of another concept model, SAE or dataset."""
+    header = labels_header(concept_model, keys, data.load_tokens(keys.dataset, "train"))
+    path, remedy = labels_path(keys.dataset, header), "write them: python concepts.py CONFIG --write_labels (with the keys of this run)"
+    if not path.is_file():
+        raise UserError(f"no labels at {path}; {remedy}")
+    found, size = read_header(path), HEADER + math.prod(header["shape"]) * np.dtype(header["dtype"]).itemsize
+    if found is None or path.stat().st_size != size and found == header:
+        raise UserError(f"{path} is damaged or cut short; remove it and {remedy}")
+    if found != header:
+        other = ", ".join(name for name in header if found.get(name) != header[name])
+        raise UserError(f"{path} holds the labels of another {other}; remove it and {remedy}")
+    return np.memmap(path, header["dtype"], "r", HEADER, tuple(header["shape"]))
+
+
+def write_labels(concept_model, keys, vocab_size, device):
+    """Write the labels of all train tokens beside them; returns the path. Broken off, a second call goes on."""
+    tokens = data.load_tokens(keys.dataset, "train")
+    header = labels_header(concept_model, keys, tokens)
+    path = labels_path(keys.dataset, header)
+    if path.is_file() and read_header(path) == header:
+        return path
+    (blocks, block_size, _), part, row = header["shape"], path.with_suffix(".part"), math.prod(header["shape"][1:]) * np.dtype(header["dtype"]).itemsize
+    try:
+        done = (part.stat().st_size - HEADER) // row if part.is_file() and read_header(part) == header else 0
+        with open(part, "r+b" if done else "wb") as file:
+            file.truncate(HEADER + done * row)
+            if not done:
+                file.write(json.dumps(header).encode().ljust(HEADER))
+            file.seek(HEADER + done * row)
+            with config.progress(blocks * block_size, "labels", "tok", initial=done * block_size, unit_scale=True) as bar:
+                for x, y in data.sequential(tokens[done * block_size:blocks * block_size + 1], block_size, max(1, 8192 // block_size), vocab_size):
+                    file.write(concept_model.labels(x.to(device), y.to(device)).cpu().numpy().astype(header["dtype"]).tobytes())
+                    bar.update(x.numel())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        raise UserError(f"{part} can't be written ({e.strerror or e}); free some space; the same command goes on from there") from e
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------
 # The report
 
 @dataclass(frozen=True)
-class Config:
+class Config(LabelKeys):
     tokens: int = key(65536, "tokens of val to look at", low=1)
     top: int = key(20, "concepts to print", low=1)
-    device: str = key("auto", "cpu, cuda, mps; auto takes the fastest there is")
+    weights: bool = key(False, "the lengths of the compress matrix's columns (Figure 6c)")
+    plot: str | None = key(None, "--weights: draw them into this .png, .svg or .pdf")
+    write_labels: bool = key(False, "make the labels of all train tokens, as a config file of train.py (and keys over it) says")
 
 
 def use(concept_model, content, tokens, device):
@@ -133,14 +281,46 @@ def use(concept_model, content, tokens, device):
     return count, at, then
 
 
+def column_norms(model):
+    """‖W_:,i‖ of the C concepts of a model's compress matrix: how far a unit of each moves ĉ."""
+    return model.inserted.compress.detach().float().norm(dim=1).cpu().numpy()
+
+
+def show_weights(norms, plot=None, bins=20, unused=1e-2):
+    """Print, and draw into the file plot, the histogram of the column norms (C,) (the paper's Figure 6c)."""
+    counts, edges = np.histogram(norms, bins=bins, range=(0, norms.max() or 1.0))
+    for n, low, high in zip(counts, edges, edges[1:]):
+        print(f"{low:8.3f} to {high:6.3f} {n:7,}  {'█' * round(50 * n / counts.max())}")
+    print(f"{(norms < unused).mean():.1%} of {len(norms):,} columns are shorter than {unused}; median {np.median(norms):.3f}")
+    if plot:
+        plt = config.pyplot()
+        figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
+        axis.hist(norms, bins=50, range=(0, edges[-1]))
+        axis.set(xlabel="length of a concept's column of W", ylabel="concepts")
+        config.save_figure(figure, plot)
+
+
 def main(argv):
-    cfg, runs = config.parse(Config, argv, __doc__, most=1, files=False)
+    cfg, rest = config.parse(Config, argv, __doc__, most=1, files="shared")
+    config.picture_path(cfg.plot)
     device = pick_device(cfg.device)
-    content = load_checkpoint(runs[0] if runs else None, RUN)
-    concept_model = of_run(content, device)
-    if concept_model is None:
-        raise UserError(f"a run of method {content['train_config']['method']!r} has no concepts; name a cocomix run")
-    tokenizer = data.load_tokenizer(content["tokenizer"])
+    if cfg.write_labels:
+        if rest:
+            raise UserError(f"--write_labels takes a config file of train.py, not {rest[0]!r}")
+        meta = data.load_meta(cfg.dataset)
+        concept_model, tokenizer = load_concept_model(cfg, device)
+        check_tokenizer(cfg, meta, tokenizer, concept_model.gpt)
+        print(f"labels: {write_labels(concept_model, cfg, meta['vocab_size'], device)}")
+        return
+    if given := [f.name for f in fields(LabelKeys) if f.name != "device" and getattr(cfg, f.name) != f.default]:
+        raise UserError(f"--{given[0]} is for --write_labels; the report is of a run, with the run's own")
+    content = load_checkpoint(rest[0] if rest else None, RUN)
+    insert, mix = content["model_config"]["insert"], content["model_config"]["mix"]
+    if insert != "concept" or cfg.weights and mix == "none":
+        raise UserError(f"a run of method={content['train_config']['method']!r}, mix={mix!r} has no {'compress matrix' if insert == 'concept' else 'concepts'}; name a cocomix run")
+    if cfg.weights:
+        return show_weights(column_norms(load_model(content)), cfg.plot)
+    concept_model, tokenizer = of_run(content, device), data.load_tokenizer(content["tokenizer"])
     count, at, then = use(concept_model, content, cfg.tokens, device)
     total = count.total() / concept_model.attr_k
     show = lambda counter: "  ".join(repr(tokenizer.decode([t])) for t, _ in counter.most_common(6))

@@ -46,12 +46,15 @@ def evaluate(content, device, tokens=None, batch_size=16):
             loss += out.loss.item() * y.numel()
             if labels is not None:
                 concept_loss += out.concept_loss.item() * y.numel()
+            if out.concepts is not None:
                 hits += (labels[..., :, None] == out.concepts.indices[..., None, :]).any(-1).float().mean(-1).sum().item()
             count += y.numel()
             bar.update(y.numel())
     row = dict(loss=loss / count, perplexity=perplexity(loss / count), val_tokens=count)
     if concept_model is not None:
-        row |= dict(concept_loss=concept_loss / count, hit_rate=hits / count)
+        row["concept_loss"] = concept_loss / count
+    if model.config.insert == "concept":
+        row["hit_rate"] = hits / count
     return row
 
 
@@ -107,12 +110,7 @@ def course(logs, columns=8):
 
 def plot(path, logs):
     """Val loss against tokens and against training time, a line for each log of {name: lines}."""
-    try:
-        import matplotlib
-    except ImportError as e:
-        raise UserError("drawing needs matplotlib: pip install -r requirements.txt") from e
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = config.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for name, log in logs.items():
         points = [line for line in log if "val_loss" in line and line["step"]]
@@ -121,12 +119,10 @@ def plot(path, logs):
     for axis, label in zip(axes, ("training tokens", "training time (s)")):
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-        axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+        axis.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=""))
     axes[0].set_ylabel("validation loss (nats a token)")
     axes[0].legend(frameon=False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    config.save_figure(figure, path)
 
 
 def evaluate_run(name, path, device, cfg):
@@ -147,11 +143,9 @@ def evaluate_run(name, path, device, cfg):
 
 def main(argv):
     cfg, runs = config.parse(Config, argv, __doc__, files=False)
-    if cfg.plot and Path(cfg.plot).suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"plot={cfg.plot!r}: expected a path that ends in .png, .svg or .pdf")
-    for path in filter(None, (cfg.plot, cfg.write)):
-        if Path(path).is_dir():
-            raise UserError(f"{path} is a folder; name a file in it")
+    config.picture_path(cfg.plot)
+    if cfg.write and Path(cfg.write).is_dir():
+        raise UserError(f"{cfg.write} is a folder; name a file in it")
     device = pick_device(cfg.device)
     if cfg.compare:
         logs = {name: config.read_log(path) for name, path in named([log_of(run) for run in runs or [find_checkpoint().parent]])}

@@ -6,7 +6,8 @@
 - GPT-2's architecture: learned positions, pre-LayerNorm, GELU-tanh, tied head, biases optional.
 - insert="concept": CoCoMix (arXiv 2502.08524). At insert_layer the model predicts concepts from its hidden
   state, compresses its prediction to one vector ĉ and mixes it in; mix says how. insert="pause": one learned
-  vector stands where ĉ would (arXiv 2310.02226). insert="none": a plain GPT.
+  vector stands where ĉ would (arXiv 2310.02226). insert="hidden": the concept model's hidden state is predicted
+  in place of concepts. insert="none": a plain GPT.
 - Concepts stay sparse, (values, indices) of the k kept: no (B, T, C) mask, no dense compress product.
 - The heads' losses are computed in chunks together with their gradients: no (B, T, V) tensor lives.
 - Generation with a KV cache; concepts can be read off and multiplied on the way (steering).
@@ -33,12 +34,19 @@ class TopK(NamedTuple):
     indices: torch.Tensor  # (..., k) int64
 
 
+class Teacher(NamedTuple):
+    """Another model's next-token distribution, softmax(x @ weight.T), as a second target (knowledge distillation)."""
+    x: torch.Tensor       # (B, T, d') its hidden states after the final norm
+    weight: torch.Tensor  # (V or more, d') its head
+
+
 class Output(NamedTuple):
     """What a forward pass gives; None where it was not asked for or does not apply."""
     logits: torch.Tensor | None = None        # (B, T, V), without targets only
-    loss: torch.Tensor | None = None          # next-token loss, mean over positions, nats
-    concept_loss: torch.Tensor | None = None  # mean over positions, nats
+    loss: torch.Tensor | None = None          # next-token loss, mean over positions, nats; with a teacher + kd_weight · kl
+    concept_loss: torch.Tensor | None = None  # of what `inserted` predicts, mean over positions, nats (or a distance)
     concepts: TopK | None = None              # (B, T, concept_k) predicted concepts: logits and ids
+    kl: torch.Tensor | None = None            # KL(teacher ‖ model), mean over positions, nats; without a gradient of its own
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -97,19 +105,25 @@ def linear_topk(x, weight, bias, k, labels=None):
     x (..., d), weight (C, d), bias (C,) or None. z is made a few rows at a time and its gradient with it, so
     memory stays at one chunk; the gradient through the kept values is sparse. Without labels the loss is None.
     """
-    flat = x.flatten(0, -2)
-    grad = torch.is_grad_enabled()
-    values, indices, loss = _LinearTopK.apply(flat, weight, bias, None if labels is None else labels.flatten(0, -2), k, len(weight), grad)
+    values, indices, loss, _ = _LinearTopK.apply(x.flatten(0, -2), weight, bias, None if labels is None else labels.flatten(0, -2), k, len(weight),
+                                                 None, None, 0.0, torch.is_grad_enabled())
     shape = *x.shape[:-1], k
     return TopK(values.view(shape), indices.view(shape)), loss if labels is not None else None
 
 
-def linear_cross_entropy(x, weight, targets, n_valid=None):
-    """F.cross_entropy(x @ weight[:n_valid].T, targets): x (..., d), weight (V, d), targets (...) → scalar.
+def linear_cross_entropy(x, weight, targets, n_valid=None, teacher=None, kd_weight=0.0):
+    """Next-token loss and, with a teacher, distillation: x (..., d), weight (V, d), targets (...) → (loss, kl). The plain formula:
 
-    Rows of weight from n_valid on are padding: they take no part. Chunked as in `linear_topk`.
+        z = x @ weight[:n_valid].T
+        kl = F.kl_div(z.log_softmax(-1), (teacher.x @ teacher.weight[:n_valid].T).softmax(-1), reduction="none").sum(-1).mean()
+        loss = F.cross_entropy(z, targets) + kd_weight * kl
+
+    Rows of weight from n_valid on are padding: they take no part. kl is for the log: its gradient is in that of the
+    loss. Without a teacher it is None. Chunked as in `linear_topk`.
     """
-    return _LinearTopK.apply(x.flatten(0, -2), weight, None, targets.reshape(-1, 1), 0, n_valid or len(weight), torch.is_grad_enabled())[2]
+    taught = (None, None) if teacher is None else (teacher.x.flatten(0, -2), teacher.weight)
+    _, _, loss, kl = _LinearTopK.apply(x.flatten(0, -2), weight, None, targets.reshape(-1, 1), 0, n_valid or len(weight), *taught, kd_weight, torch.is_grad_enabled())
+    return loss, kl if teacher is not None else None
 
 
 def chunk_rows(device, width):
@@ -120,12 +134,13 @@ def chunk_rows(device, width):
 
 class _LinearTopK(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, labels, k, n_valid, grad):
+    def forward(ctx, x, weight, bias, labels, k, n_valid, teacher_x, teacher_weight, kd_weight, grad):
         # grad: whether gradients are wanted, since grad mode is always off in here. z becomes exp(z - max) in place, so
-        # what is needed of z itself (its TopK, its values at the labels) is taken first.
+        # what is needed of z itself (its TopK, its values at the labels, its product with the teacher's) is taken first.
         N, C = len(x), len(weight)
         ctx.set_materialize_grads(False)
         loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+        kl = torch.zeros_like(loss)
         values, indices = loss.new_empty(N, k), torch.empty(N, k, dtype=torch.long, device=x.device)
         dense = grad and labels is not None and any(ctx.needs_input_grad[:3])
         dx, dw, db = (torch.zeros_like(t, dtype=loss.dtype) if dense and t is not None and need else None
@@ -133,6 +148,8 @@ class _LinearTopK(torch.autograd.Function):
         if torch.is_autocast_enabled(x.device.type):
             low = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(low), weight.to(low)
+            if teacher_x is not None:
+                teacher_x, teacher_weight = teacher_x.to(low), teacher_weight.to(low)
         rows = chunk_rows(x.device, C)
         with torch.autocast(x.device.type, enabled=False):
             for i in range(0, N, rows):
@@ -148,10 +165,20 @@ class _LinearTopK(torch.autograd.Function):
                     z[:, n_valid:] = -torch.inf
                 y = labels[chunk]
                 largest, at_labels = z.amax(-1, keepdim=True), z.gather(-1, y)
+                if teacher_x is not None:  # KL(p ‖ softmax(z)) = logsumexp(z) - Σ p z - H(p)
+                    log_p = (teacher_x[chunk] @ teacher_weight[:n_valid].T).to(loss.dtype).log_softmax(-1)
+                    p = log_p.exp()
+                    kl += (p * (log_p - z[:, :n_valid])).sum()
                 e = z.sub_(largest).exp_()
                 total = e.sum(-1, keepdim=True)
-                loss += ((largest + total.log())[:, 0] - at_labels.mean(-1)).sum()
+                normaliser = (largest + total.log())[:, 0]
+                loss += (normaliser - at_labels.mean(-1)).sum()
+                if teacher_x is not None:
+                    kl += normaliser.sum()
                 if dense:  # d loss / d z = (softmax(z) - 1/m at the m labels) / N; e is softmax × total, so scale rows once
+                    if teacher_x is not None:  # and kd_weight · (softmax(z) - p) / N
+                        e *= 1 + kd_weight
+                        e[:, :n_valid] -= kd_weight * total * p
                     e.scatter_add_(-1, y, (-total / y.shape[1]).expand(y.shape))
                     scale = 1 / (total * N)
                     if db is not None:
@@ -164,11 +191,12 @@ class _LinearTopK(torch.autograd.Function):
                         dw.addmm_(e.T, scaled) if dw.dtype == x.dtype else dw.add_(e.T @ scaled)
         ctx.save_for_backward(x, weight, indices, dx, dw, db)
         ctx.has_bias = bias is not None
-        ctx.mark_non_differentiable(indices)
-        return values, indices, loss / N
+        kl /= N
+        ctx.mark_non_differentiable(indices, kl)
+        return values, indices, loss / N + kd_weight * kl, kl
 
     @staticmethod
-    def backward(ctx, grad_values, _, grad_loss):
+    def backward(ctx, grad_values, _, grad_loss, __):
         x, weight, indices, dx, dw, db = ctx.saved_tensors
         dx, dw, db = (None if t is None or grad_loss is None else t * grad_loss for t in (dx, dw, db))
         if grad_values is not None and grad_values.shape[1]:
@@ -180,13 +208,14 @@ class _LinearTopK(torch.autograd.Function):
                 dw = add(dw, sparse_outer(top, x, len(weight)))
             if ctx.has_bias and ctx.needs_input_grad[2]:
                 db = add(db, grad_values.new_zeros(len(weight)).index_add_(0, indices.flatten(), grad_values.flatten()))
-        return dx, dw, db, None, None, None, None
+        return dx, dw, db, *[None] * 7
 
 
 # ---------------------------------------------------------------------------------------------------
 # The transformer
 
-INSERTS = ("none", "concept", "pause")
+INSERTS = ("none", "concept", "hidden", "pause")
+DISTANCES = ("l1", "l2", "cos")
 MIXES = ("interleave", "interleave_residual", "add", "none")
 
 
@@ -200,11 +229,13 @@ class ModelConfig:
     dropout: float = 0.0
     bias: bool = True
     embedding_std: float = 0.02     # of the token embedding at the start
-    insert: str = "none"            # what joins the hidden states: none, concept (CoCoMix), pause
+    insert: str = "none"            # what joins the hidden states: none, concept (CoCoMix), hidden (of the concept model, predicted), pause
     mix: str = "interleave"         # how: (h_1, ĉ_1, h_2, …); interleave_residual puts h + ĉ for ĉ; add: h + ĉ; none: ĉ is dropped
     insert_layer: int = 0           # at the input of this block
     n_concepts: int = 0             # C
     concept_k: int = 32             # concepts kept before they are compressed
+    hidden_size: int = 0            # insert="hidden": width of the concept model's hidden state
+    distance: str = "l2"            # insert="hidden": what its prediction is trained with
 
     def __post_init__(self):
         def check(ok, message):
@@ -214,6 +245,8 @@ class ModelConfig:
         check(self.vocab_size <= 1 << 16, f"vocab_size={self.vocab_size} is over 65536: token files are uint16")
         check(self.insert in INSERTS, f"insert={self.insert!r}: expected one of {', '.join(INSERTS)}")
         check(self.mix in MIXES, f"mix={self.mix!r}: expected one of {', '.join(MIXES)}")
+        check(self.distance in DISTANCES, f"distance={self.distance!r}: expected one of {', '.join(DISTANCES)}")
+        check(self.insert != "hidden" or self.hidden_size > 0, f"hidden_size={self.hidden_size}: insert='hidden' needs the width of the concept model's hidden state")
         check(self.insert != "pause" or self.mix != "none", "mix='none' with pause vectors would insert nothing: that is method='ntp'")
         if self.insert != "none":
             check(0 <= self.insert_layer < self.n_layer, f"insert_layer={self.insert_layer} is outside the stack of {self.n_layer} blocks (0 to {self.n_layer - 1})")
@@ -279,47 +312,91 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
-class Concepts(nn.Module):
-    """Predict concepts from a hidden state and compress the prediction to one vector: h (B, T, d) → ĉ (B, T, d).
+class Wrapped(nn.Module):
+    """Predict something from a hidden state h and make one vector ĉ of the prediction. With μ, σ the mean and unbiased
+    standard deviation of h over its features and b one learned vector, both forms read x and write y as
 
-    With μ, σ the mean and unbiased standard deviation of h over its features and b one learned vector:
+        x = (h − μ) / (σ + 1e-5) − b,    ĉ = (y + b) · σ + μ
 
-        z = M((h − μ) / (σ + 1e-5) − b)                       concept logits, (B, T, C)
-        L = logsumexp(z) − mean over the labels i of z_i      the concept loss: cross-entropy, each label 1/attr_k
-        ĉ = (W TopK(z) + b_W + b) · σ + μ                     TopK keeps values as they are, no ReLU
-
-    The paper has z = M(h) and ĉ = W TopK(z) + b; this form is the official code's.
+    The paper does without this wrapping; it is the official code's.
     """
     def __init__(self, config):
         super().__init__()
-        self.k = config.concept_k
-        self.predict = nn.Linear(config.n_embd, config.n_concepts)                       # M, b_M
-        self.bias = nn.Parameter(torch.zeros(config.n_embd))                             # b
         self.mixes = config.mix != "none"
-        if self.mixes:
-            self.compress = nn.Parameter(torch.empty(config.n_concepts, config.n_embd))  # W, a row a concept: W_:,i
-            self.compress_bias = nn.Parameter(torch.zeros(config.n_embd))                # b_W
-            nn.init.normal_(self.compress, std=0.02)
+        self.bias = nn.Parameter(torch.zeros(config.n_embd))  # b
 
     def normalize(self, h):
         mean, std = h.mean(-1, keepdim=True), h.std(-1, keepdim=True)
         return (h - mean) / (std + 1e-5) - self.bias, mean, std
+
+
+class Concepts(Wrapped):
+    """Predict concepts from a hidden state and compress the prediction to one vector: h (B, T, d) → ĉ (B, T, d).
+
+        z = M(x)                                              concept logits, (B, T, C)
+        L = logsumexp(z) − mean over the labels i of z_i      the concept loss: cross-entropy, each label 1/attr_k
+        y = W TopK(z) + b_W                                   TopK keeps values as they are, no ReLU
+
+    x, y, ĉ: see `Wrapped`.
+    """
+    def __init__(self, config):
+        super().__init__(config)
+        self.k = config.concept_k
+        self.predict = nn.Linear(config.n_embd, config.n_concepts)                       # M, b_M
+        if self.mixes:
+            self.compress = nn.Parameter(torch.empty(config.n_concepts, config.n_embd))  # W, a row a concept: W_:,i
+            self.compress_bias = nn.Parameter(torch.zeros(config.n_embd))                # b_W
+            nn.init.normal_(self.compress, std=0.02)
+        nn.init.normal_(self.predict.weight, std=0.02)
+        nn.init.zeros_(self.predict.bias)
 
     def logits(self, h):
         """z, all C concept logits."""
         return self.predict(self.normalize(h)[0])
 
     def forward(self, h, labels=None, scale=None):
-        """(ĉ or None if none is mixed in, the concepts kept, the concept loss or None). scale: steering, a factor for
-        each z_i, (C,) or (B, 1, C); it leaves the loss out."""
-        normal, mean, std = self.normalize(h)
+        """(ĉ or None if none is mixed in, the concepts kept, the concept loss or None). labels (B, T, attr_k) concepts;
+        scale: steering, a factor for each z_i, (C,) or (B, 1, C); it leaves the loss out."""
+        x, mean, std = self.normalize(h)
         if scale is None:
-            top, loss = linear_topk(normal, self.predict.weight, self.predict.bias, self.k, labels)
+            top, loss = linear_topk(x, self.predict.weight, self.predict.bias, self.k, labels)
         else:
-            top, loss = TopK(*(self.predict(normal) * scale).topk(self.k)), None
+            top, loss = TopK(*(self.predict(x) * scale).topk(self.k)), None
         if not self.mixes:
             return None, top, loss
         return (sparse_decode(top, self.compress) + self.compress_bias + self.bias) * std + mean, top, loss
+
+
+class Hidden(Wrapped):
+    """Predict the concept model's hidden state itself: an ablation of the paper (direct hidden prediction).
+
+        g = MLP(x)                    two layers, the first 4 d wide, as in a block (the paper gives no width)
+        L = distance(g, h_con)        h_con normalised as the SAE reads it; l1, l2: mean over its features; cos: 1 − cosine
+        y = W g + b_W
+
+    x, y, ĉ: see `Wrapped`.
+    """
+    def __init__(self, config):
+        super().__init__(config)
+        self.distance = config.distance
+        self.predict = nn.Sequential(nn.Linear(config.n_embd, 4 * config.n_embd), nn.GELU("tanh"), nn.Linear(4 * config.n_embd, config.hidden_size))
+        layers = [self.predict[0], self.predict[2]]
+        if self.mixes:
+            self.compress = nn.Linear(config.hidden_size, config.n_embd)
+            layers.append(self.compress)
+        for layer in layers:
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, h, labels=None, scale=None):
+        """(ĉ or None if none is mixed in, None, the distance or None). labels (B, T, hidden_size) normalised hidden states."""
+        x, mean, std = self.normalize(h)
+        g, loss = self.predict(x), None
+        if labels is not None:
+            error = g - labels
+            loss = {"l1": lambda: error.abs().mean(), "l2": lambda: error.pow(2).mean(),
+                    "cos": lambda: 1 - F.cosine_similarity(g, labels, dim=-1).mean()}[self.distance]()
+        return (self.compress(g) + self.bias) * std + mean if self.mixes else None, None, loss
 
 
 class Pause(nn.Module):
@@ -360,10 +437,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
         self.inserted = None  # made last, so that the rest starts the same for every method
         if config.insert != "none":
-            self.inserted = {"concept": Concepts, "pause": Pause}[config.insert](config)
-            if config.insert == "concept":
-                nn.init.normal_(self.inserted.predict.weight, std=0.02)
-                nn.init.zeros_(self.inserted.predict.bias)
+            self.inserted = {"concept": Concepts, "hidden": Hidden, "pause": Pause}[config.insert](config)
 
     # -- forward ------------------------------------------------------------------------------------
 
@@ -386,18 +460,19 @@ class GPT(nn.Module):
             x = self.h[i](x, queries, None if cache is None else cache[i])
         return x, concepts, concept_loss
 
-    def forward(self, idx, targets=None, labels=None, scale=None):
+    def forward(self, idx, targets=None, labels=None, scale=None, teacher=None, kd_weight=0.0):
         """Tokens (B, T) → Output: the losses where there are targets (B, T), else the logits (B, T, V).
 
-        labels (B, T, attr_k): the concepts to predict. scale: factors for the concept logits (steering).
+        labels: what `inserted` should predict, concepts (B, T, attr_k) or hidden states (B, T, hidden_size). scale:
+        factors for the concept logits (steering). teacher: see `linear_cross_entropy`.
         """
         if idx.shape[1] > self.config.block_size:
             raise UserError(f"{idx.shape[1]} tokens are more than block_size={self.config.block_size}")
         x, concepts, concept_loss = self.blocks(self.embed(idx), 0, self.config.n_layer, labels, scale)
         if targets is None:
             return Output(self.head(x), None, concept_loss, concepts)
-        loss = linear_cross_entropy(self.ln_f(x), self.wte.weight, targets, self.config.vocab_size)
-        return Output(None, loss, concept_loss, concepts)
+        loss, kl = linear_cross_entropy(self.ln_f(x), self.wte.weight, targets, self.config.vocab_size, teacher, kd_weight)
+        return Output(None, loss, concept_loss, concepts, kl)
 
     def head(self, x):
         """Hidden states after the last block (…, d) → logits (…, V), padding left out."""
@@ -428,6 +503,8 @@ class GPT(nn.Module):
             flops += queries * 4 * d * positions * (block_size or c.block_size) // 2
         if c.insert == "concept":
             flops += 2 * d * c.n_concepts + (2 * d * c.concept_k if c.mix != "none" else 0)
+        if c.insert == "hidden":
+            flops += 2 * 4 * d * (d + c.hidden_size) + (2 * d * c.hidden_size if c.mix != "none" else 0)
         return flops * (3 if backward else 1)
 
     # -- generation ---------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ class SAE(nn.Module):
 
 def model_hash(gpt):
     """A short hash of a model's weights: an SAE belongs to the model it was trained on."""
-    return data.fingerprint(*(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for p in gpt.parameters()))
+    return data.fingerprint(*(p.detach().float().cpu().contiguous().view(torch.uint8).numpy().tobytes() for p in gpt.parameters()))
 
 
 def load_sae(name, layer, d, device="cpu", gpt=None):
@@ -291,7 +291,7 @@ def report(sae, gpt, layer, tokens, block_size, device, dead_tokens):
         active += (top.values > 0).sum()
         for name, state in (("plain", h), ("spliced", back), ("zeros", torch.zeros_like(h))):
             end = gpt.blocks(state, layer + 1, gpt.config.n_layer)[0]
-            sums[name] += linear_cross_entropy(gpt.ln_f(end), gpt.wte.weight, y, gpt.config.vocab_size).item() * y.numel()
+            sums[name] += linear_cross_entropy(gpt.ln_f(end), gpt.wte.weight, y, gpt.config.vocab_size)[0].item() * y.numel()
         count += y.numel()
     loss = {name: total / count for name, total in sums.items()}
     return dict(fvu=(error / (second - (first ** 2).sum() / count)).item(), l0=(active / count).item(),

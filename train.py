@@ -4,7 +4,8 @@
     python train.py config/stdlib_ntp.py --learning_rate=1e-3   # … and keys over it
     python train.py config/stdlib_ntp.py --resume               # go on as if it had never stopped
 
-One step: the batch → the concept model's labels → the model's next-token and concept losses → one backward.
+One step: the batch → what the concept model says of it (label concepts, a teacher's distribution) → the model's
+next-token and concept losses → one backward. A method is a few choices: see METHODS, `model_config`, `step_losses`.
 A run leaves ckpt.pt and log.jsonl in out_dir: a line for every log_interval steps and for every evaluation.
 """
 import math
@@ -13,42 +14,36 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import config  # before torch: from here on Ctrl-C ends without a traceback
 import torch
 
 import data
-from concepts import load_concept_model
+from concepts import Guidance, LabelKeys, check_tokenizer, load_concept_model, open_labels, uses_bf16
 from config import UserError, key
 from model import GPT, RUN, ModelConfig, load_checkpoint, load_model, model_checkpoint, perplexity, pick_device, save_checkpoint
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(LabelKeys):  # the keys that choose data and labels stand in concepts.py
     # what is trained
-    method: Literal["ntp", "pause", "cocomix"] = key("ntp", "next-token prediction, with pause vectors, with concepts")
+    method: Literal["ntp", "kd", "pause", "pause_kd", "cocomix", "cocomix_kd"] = key("ntp", "next-token prediction; with a teacher (KD), pause vectors, concepts")
     n_layer: int = key(12, "blocks", low=1)
     n_head: int = key(12, "attention heads", low=1)
     n_embd: int = key(768, "width of the hidden states", low=1)
-    block_size: int = key(1024, "tokens of context", low=1)
     dropout: float = key(0.0, "share of activations dropped", low=0, high=0.99)
     bias: bool = key(True, "biases in linear layers and LayerNorms")
     embedding_std: float = key(0.02, "of the token embedding at the start; a small width learns faster with about 1/sqrt(n_embd)", low=0)
     # concepts
-    concept_model: str = key("gpt2", "names the concepts: a run, GPT-2 weights, or gpt2")
-    sae: str = key("openai", "its SAE: a run of sae.py, a file in the published layout, openai or openai_128k")
-    concept_layer: int = key(5, "the SAE reads the hidden state after this block", low=0)
     insert_layer: int = key(5, "concepts are predicted and mixed in at the input of this block", low=0)
     concept_k: int = key(32, "predicted concepts kept by TopK", low=1)
-    attr_k: int = key(4, "label concepts a position", low=1)
     concept_weight: float = key(0.1, "weight of the concept loss", low=0)
-    select: Literal["attribution", "activation"] = key("attribution", "how labels are chosen")
-    attribution: Literal["code", "paper"] = key("code", "among the active concepts, or among all by their values before TopK")
-    attribution_sign: Literal["raise", "lower", "abs"] = key("raise", "concepts whose growth raises the loss, lowers it, or either")
     mix: Literal["interleave", "interleave_residual", "add", "none"] = key("interleave", "what joins the hidden states h: ĉ or h + ĉ after each, ĉ added, nothing")
+    target: Literal["concept", "l1", "l2", "cos"] = key("concept", "what is predicted: concepts, or the concept model's hidden state itself, by this distance")
+    kd_weight: float = key(0.1, "KD: weight of KL(concept model ‖ model)", low=0)
+    labels: Literal["fly", "disk"] = key("fly", "label concepts made at each step, or read (concepts.py --write_labels made them)")
     # data and length
-    dataset: str = key("openwebtext", "a name under data/ or a folder with train.bin, val.bin, meta.json")
     batch_size: int = key(480, "sequences an optimizer step", low=1)
     micro_batch_size: int | Literal["auto"] = key("auto", "sequences at once; less needs less memory", low=1)
     max_iters: int = key(40000, "optimizer steps", low=0)
@@ -67,8 +62,6 @@ class Config:
     eval_interval: int = key(1000, "steps between evaluations, each with a checkpoint", low=1)
     eval_iters: int = key(20, "batches of batch_size val sequences an evaluation", low=1)
     log_interval: int = key(10, "steps between two lines of the log", low=1)
-    device: str = key("auto", "cpu, cuda, cuda:1, mps; auto takes the fastest there is")
-    dtype: Literal["auto", "float32", "bfloat16"] = key("auto", "of matrix products; auto: bfloat16 on CUDA, else float32")
     compile: bool | Literal["auto"] = key("auto", "torch.compile; auto: on CUDA")
     seed: int = key(1337, "of the initialisation and the data order", low=0, high=2**32 - 1)
     resume: bool = key(False, "go on from out_dir's checkpoint, if there is one")
@@ -81,12 +74,27 @@ FREE = ("out_dir", "eval_interval", "log_interval", "micro_batch_size", "device"
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # dense bf16
 
 
-def model_config(cfg, vocab_size, n_concepts=0):
+class Method(NamedTuple):
+    inserted: str  # between the blocks: none, pause, concept (with another target than concepts: hidden)
+    taught: bool   # by the concept model's next-token distribution (KD)?
+
+
+METHODS = {"ntp": Method("none", False), "kd": Method("none", True), "pause": Method("pause", False), "pause_kd": Method("pause", True),
+           "cocomix": Method("concept", False), "cocomix_kd": Method("concept", True)}
+
+
+def inserted(cfg):
+    """What the run's model inserts: none, pause, concept or hidden."""
+    kind = METHODS[cfg.method].inserted
+    return "hidden" if kind == "concept" and cfg.target != "concept" else kind
+
+
+def model_config(cfg, vocab_size, n_concepts=0, hidden_size=0):
     """The ModelConfig of a run. What tells one method from another is in these few fields and in `step_losses`."""
     return ModelConfig(
         block_size=cfg.block_size, vocab_size=vocab_size, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd,
-        dropout=cfg.dropout, bias=cfg.bias, embedding_std=cfg.embedding_std, insert={"ntp": "none", "pause": "pause", "cocomix": "concept"}[cfg.method],
-        mix=cfg.mix, insert_layer=cfg.insert_layer, n_concepts=n_concepts, concept_k=cfg.concept_k)
+        dropout=cfg.dropout, bias=cfg.bias, embedding_std=cfg.embedding_std, insert=inserted(cfg), mix=cfg.mix, insert_layer=cfg.insert_layer,
+        n_concepts=n_concepts, concept_k=cfg.concept_k, hidden_size=hidden_size, distance="l2" if cfg.target == "concept" else cfg.target)
 
 
 def learning_rate(cfg, step):
@@ -107,23 +115,37 @@ def make_optimizer(model, cfg, device):
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=device.type in ("cpu", "cuda"))
 
 
-def step_losses(model, concept_model, x, y, labels=None):
-    """(next-token loss, concept loss or None) of tokens x and targets y (B, T); labels where they are known already."""
-    if labels is None and concept_model is not None:
-        labels = concept_model.labels(x, y)
-    out = model(x, y, labels)
-    return out.loss, out.concept_loss
+class Losses(NamedTuple):
+    """Means over positions, in nats; only total has a gradient, the others are for the log."""
+    total: torch.Tensor           # what is minimised
+    next_token: torch.Tensor
+    concept: torch.Tensor | None  # of the predicted concepts, or the distance of the predicted hidden state
+    kl: torch.Tensor | None       # KL(concept model ‖ model)
+
+
+def step_losses(model, cfg, x, y, guidance=Guidance()):
+    """The Losses of tokens x and targets y (B, T), under the concept model's guidance:
+
+        total = next_token + kd_weight · kl + concept_weight · concept        the last two where the method has them
+    """
+    out = model(x, y, guidance.labels, teacher=guidance.teacher, kd_weight=cfg.kd_weight)
+    total, next_token, concept = out.loss, out.loss.detach(), out.concept_loss
+    if out.kl is not None:  # out.loss holds kd_weight · kl
+        next_token = next_token - cfg.kd_weight * out.kl
+    if concept is not None:
+        total, concept = total + cfg.concept_weight * concept, concept.detach()
+    return Losses(total, next_token, concept, out.kl)
 
 
 @torch.no_grad()
-def evaluate(model, batches, labels):
-    """Mean next-token and concept loss over val batches [(x, y)]; labels [(B, T, attr_k)], or None for a method without."""
+def evaluate(model, cfg, batches, labels):
+    """Mean next-token and concept loss over val batches [(x, y)]; labels, an iterable beside them, or None for a method without."""
     model.eval()
-    losses = [step_losses(model, None, x, y, label) for (x, y), label in zip(batches, labels or [None] * len(batches))]
+    losses = [step_losses(model, cfg, x, y, Guidance(label)) for (x, y), label in zip(batches, labels or [None] * len(batches))]
     model.train()
     share = torch.tensor([len(x) for x, _ in batches], dtype=torch.float64)
     mean = lambda values: (torch.stack(values).cpu().double() * share / share.sum()).sum().item()
-    return mean([a for a, _ in losses]), mean([b for _, b in losses]) if losses[0][1] is not None else None
+    return mean([l.next_token for l in losses]), mean([l.concept for l in losses]) if labels is not None else None
 
 
 def micro_batch(cfg, device):
@@ -174,19 +196,22 @@ def main(argv):
     val_batches = [tuple(torch.cat(t).to(device) for t in zip(*rows[i:i + micro])) for i in range(0, len(rows), micro)]
 
     # the models
-    bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
+    bf16 = uses_bf16(cfg.dtype, device)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
-    torch.manual_seed(cfg.seed)
-    concept_model, n_concepts = None, 0
-    if cfg.method == "cocomix":
-        concept_model, tokenizer = load_concept_model(cfg.concept_model, cfg.sae, cfg.concept_layer, device, attr_k=cfg.attr_k,
-                                                      select=cfg.select, attribution=cfg.attribution, sign=cfg.attribution_sign, bf16=bf16)
-        n_concepts, limit = len(concept_model.sae.encoder), concept_model.gpt.config.block_size
-        if tokenizer != meta["tokenizer_hash"]:
-            raise UserError(f"dataset {cfg.dataset!r} is in tokens of {meta['tokenizer']!r}; the concept model {cfg.concept_model} was trained on another tokenizer's")
-        if cfg.block_size > limit:
-            raise UserError(f"block_size={cfg.block_size} is over the concept model's {limit}")
-    model = GPT(model_config(cfg, vocab_size, n_concepts)).to(device) if content is None else load_model(content, device)
+    concept_model, n_concepts, hidden_size, disk = None, 0, 0, None
+    predicts, taught = inserted(cfg) in ("concept", "hidden"), METHODS[cfg.method].taught
+    if predicts or taught:
+        concept_model, tokenizer = load_concept_model(cfg, device, target=inserted(cfg), teaches=taught)
+        check_tokenizer(cfg, meta, tokenizer, concept_model.gpt)
+        hidden_size, n_concepts = concept_model.gpt.config.n_embd, len(concept_model.sae.encoder) if concept_model.sae else 0
+    if cfg.labels == "disk":
+        if inserted(cfg) != "concept":
+            raise UserError(f"labels='disk' is for methods that predict concepts, not for method={cfg.method!r} with target={cfg.target!r}")
+        if cfg.shift_blocks:
+            raise UserError("labels='disk' needs --shift_blocks=false: labels are stored for unshifted blocks")
+        disk = open_labels(concept_model, cfg)
+    torch.manual_seed(cfg.seed)  # here, so that what all methods share starts the same
+    model = GPT(model_config(cfg, vocab_size, n_concepts, hidden_size)).to(device) if content is None else load_model(content, device)
     optimizer = make_optimizer(model, cfg, device)
     step, seconds, best = 0, 0.0, math.inf
     if content is not None:
@@ -196,18 +221,27 @@ def main(argv):
         if device.type == "cuda" and "cuda_rng" in content:
             torch.cuda.set_rng_state(content["cuda_rng"], device)
     compiled = torch.compile(model) if cfg.compile is True or cfg.compile == "auto" and device.type == "cuda" else model
-    val_labels = None
-    flops = model.flops_per_token() + (concept_model.flops_per_token(cfg.block_size) if concept_model else 0)
+    guided = concept_model is not None and (taught or predicts and cfg.concept_weight > 0)  # is it asked at every step?
+    flops, concept_flops = model.flops_per_token(), concept_model.flops_per_token(cfg.block_size) if guided else 0
     log = config.Log(log_path, step)
     if log.empty:
         log.write(dict(step=step, method=cfg.method, params=model.num_params(), active_params=model.num_params(active=True), flops_per_token=flops,
+                       concept_flops_per_token=concept_flops, labels=cfg.labels if predicts else None,
                        device=torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} {device.type}", threads=torch.get_num_threads(),
                        torch=torch.__version__, source_hash=meta.get("source_hash")))
     print(f"{cfg.method}: {model.num_params(active=True) / 1e6:.2f}M active of {model.num_params() / 1e6:.2f}M parameters, "
-          f"{flops / 1e6:.1f} MFLOP a token, {cfg.max_iters} steps of {tokens_a_step} tokens, on {device}")
+          f"{(flops + concept_flops) / 1e6:.1f} MFLOP a token, {cfg.max_iters} steps of {tokens_a_step} tokens, on {device}")
     peak = next((f for name, f in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)), None)
 
     val_loss = content["val_loss"] if content else math.nan
+    val_labels = None
+    if predicts and step < cfg.max_iters:
+        val_labels = lambda: (concept_model.labels(x, y) for x, y in val_batches)
+        if inserted(cfg) == "concept":  # small, and the same every time: made once
+            kept = list(val_labels())
+            val_labels = lambda: kept
+    if disk is not None:  # what is left to ask of the concept model: its distribution, or nothing
+        guided, concept_model = taught, concept_model.without_concepts() if taught else None
 
     def save():
         cuda_rng = dict(cuda_rng=torch.cuda.get_rng_state(device)) if device.type == "cuda" else {}
@@ -216,11 +250,9 @@ def main(argv):
             step=step, seconds=seconds, rng=torch.get_rng_state(), **cuda_rng, val_loss=val_loss, best_val_loss=best))
 
     def evaluation():
-        nonlocal val_loss, best, val_labels
-        if concept_model is not None and val_labels is None:  # the same batches every time: label them once
-            val_labels = [concept_model.labels(x, y) for x, y in val_batches]
+        nonlocal val_loss, best
         with autocast:
-            val_loss, concept_loss = evaluate(compiled, val_batches, val_labels)
+            val_loss, concept_loss = evaluate(compiled, cfg, val_batches, val_labels and val_labels())
         finite("val loss", val_loss)
         best = min(best, val_loss)
         line = dict(step=step, tokens=step * tokens_a_step, val_loss=val_loss, seconds=seconds)
@@ -238,18 +270,20 @@ def main(argv):
             evaluation()
             save()
         since, clock = step, time.perf_counter()
-        for x, y in batches.prefetch(step, cfg.max_iters, device):
-            total = torch.zeros((), device=device)
-            total_concept = torch.zeros((), device=device)
-            for x_micro, y_micro in zip(x.split(micro), y.split(micro)):
-                share = len(x_micro) / len(x)
+        for x, y, labels in batches.prefetch(step, cfg.max_iters, device, disk):
+            means = {}
+            for rows in torch.arange(len(x)).split(micro):
+                rows = slice(rows[0], rows[-1] + 1)
+                guidance = concept_model.guide(x[rows], y[rows]) if guided else Guidance()
+                if labels is not None:
+                    guidance = guidance._replace(labels=labels[rows])
                 with autocast:
-                    loss, concept_loss = step_losses(compiled, concept_model if cfg.concept_weight else None, x_micro, y_micro)
-                total += loss.detach() * share
-                if concept_loss is not None:
-                    total_concept += concept_loss.detach() * share
-                    loss = loss + cfg.concept_weight * concept_loss
-                (loss * share).backward()
+                    losses = step_losses(compiled, cfg, x[rows], y[rows], guidance)
+                share = len(x[rows]) / len(x)
+                (losses.total * share).backward()
+                for name, value in (("loss", losses.next_token), ("concept_loss", losses.concept), ("kl", losses.kl)):
+                    if value is not None:
+                        means[name] = means.get(name, 0) + value * share
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(cfg, step)
@@ -262,19 +296,17 @@ def main(argv):
             at_eval = step % cfg.eval_interval == 0 or last
             stopping = stop.signal  # read once: a signal in what follows belongs to the next step
             if step % cfg.log_interval == 0 or at_eval or stopping:
-                loss = total.item()  # waits for the device
-                finite("loss", loss)
+                means = {name: value.item() for name, value in means.items()}  # waits for the device
+                for name, value in means.items():
+                    finite(name.replace("_", " "), value)
                 finite("gradient's norm", norm.item())
                 now = time.perf_counter()
                 seconds += now - clock
                 speed = (step - since) * tokens_a_step / (now - clock)
-                line = dict(step=step, tokens=step * tokens_a_step, loss=loss, lr=learning_rate(cfg, step - 1), grad_norm=norm.item(), tokens_per_s=speed, seconds=seconds)
-                text = f"loss {loss:.3f}"
-                if concept_model is not None and cfg.concept_weight:
-                    line["concept_loss"] = total_concept.item()
-                    text += f" concepts {line['concept_loss']:.3f}"
+                line = dict(step=step, tokens=step * tokens_a_step, **means, lr=learning_rate(cfg, step - 1), grad_norm=norm.item(), tokens_per_s=speed, seconds=seconds)
+                text = " ".join(f"{name.removesuffix('_loss')} {value:.3f}" for name, value in means.items())
                 if peak:
-                    line["mfu"] = speed * flops / peak
+                    line["mfu"] = speed * (flops + guided * concept_flops) / peak
                     text += f" MFU {line['mfu']:.1%}"
                 log.write(line)
                 bar.set_postfix_str(text + (f" val {val_loss:.3f}" if math.isfinite(val_loss) else ""))

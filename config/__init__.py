@@ -155,7 +155,7 @@ def parse(cls, argv, doc="", most=None, files=True):
 
     Positional arguments that end in .py are config files, read in order; --key=value, --key value and a bare
     --flag come after them, wherever they stand. most: how many other positional arguments are allowed; files: whether
-    config files are.
+    config files are ("shared": also those of another script, whose keys are passed over).
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     kinds = typing.get_type_hints(cls)
@@ -173,6 +173,8 @@ def parse(cls, argv, doc="", most=None, files=True):
                 if not files:
                     raise UserError(f"unexpected config file {arg}: this command takes a run, such as out/stdlib/cocomix")
                 for name, value in read_config_file(arg).items():
+                    if name not in fields and files == "shared":
+                        continue
                     if name not in fields:
                         raise _unknown(name, fields, arg)
                     values[name] = _convert(fields[name], kinds[name], value, arg)
@@ -246,6 +248,31 @@ def progress(total, what, unit="it", **kwargs):
     """The one progress bar: on a terminal it moves, in a log file it writes a line every ten seconds."""
     return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, smoothing=0.05,
                 mininterval=0.2 if sys.stderr.isatty() else 10, maxinterval=10 if sys.stderr.isatty() else 60, **kwargs)
+
+
+def pyplot():
+    """matplotlib.pyplot, drawing into files. UserError: not installed."""
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise UserError("drawing needs matplotlib: pip install -r requirements.txt") from e
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
+def picture_path(path):
+    """UserError if path (None: no picture) is not one that a picture can be written to."""
+    if path is not None and (Path(path).suffix not in (".png", ".svg", ".pdf") or Path(path).is_dir()):
+        raise UserError(f"plot={str(path)!r}: expected the path of a file that ends in .png, .svg or .pdf")
+
+
+def save_figure(figure, path):
+    """Write a matplotlib figure and close it. The same figure gives the same bytes: no date, no random ids."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    pyplot().rcParams["svg.hashsalt"] = "cocomix"
+    figure.savefig(path, dpi=150, metadata={"Date": None} if str(path).endswith(".svg") else {"CreationDate": None} if str(path).endswith(".pdf") else None)
+    pyplot().close(figure)
 
 
 class Log:

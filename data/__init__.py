@@ -317,20 +317,27 @@ class Batches:
         rows = torch.from_numpy(rows)
         return rows[:, :-1], rows[:, 1:]
 
-    def prefetch(self, start, stop, device):
-        """Yield the batches of steps start … stop-1 on device; a thread prepares the next one meanwhile."""
+    def prefetch(self, start, stop, device, labels=None):
+        """Yield (x, y, labels) of steps start … stop-1 on device; a thread prepares the next one meanwhile.
+
+        labels: (blocks, block_size, attr_k) of all the unshifted blocks, on disk → their rows (rows, block_size, attr_k)
+        int64; None → None.
+        """
+        import torch
+
         def load(step):
-            x, y = self[step]
-            if device.type == "cuda":
-                x, y = x.pin_memory(), y.pin_memory()
-            return x, y
+            batch = list(self[step])
+            if labels is not None:
+                batch.append(torch.from_numpy(labels[self.starts(step) // self.block_size].astype(np.int64)))
+            return [t.pin_memory() for t in batch] if device.type == "cuda" else batch
+
         with ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(load, start) if start < stop else None
             for step in range(start, stop):
-                x, y = ahead.result()
+                batch = [t.to(device, non_blocking=True) for t in ahead.result()]
                 if step + 1 < stop:
                     ahead = pool.submit(load, step + 1)
-                yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+                yield batch[0], batch[1], batch[2] if labels is not None else None
 
 
 def sequential(tokens, block_size, batch_size, vocab_size):

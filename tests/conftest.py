@@ -97,7 +97,7 @@ def chain(tmp_path_factory, dataset):
 
 
 def tiny_gpt(dtype=torch.float64, **settings):
-    defaults = dict(block_size=16, vocab_size=61, n_layer=3, n_head=2, n_embd=24, insert_layer=1, n_concepts=40, concept_k=5)
+    defaults = dict(block_size=16, vocab_size=61, n_layer=3, n_head=2, n_embd=24, insert_layer=1, n_concepts=40, concept_k=5, hidden_size=20)
     model = GPT(ModelConfig(**{**defaults, **settings})).to(dtype)
     for p in model.parameters():  # nothing at its neutral initial value: every term counts
         torch.nn.init.normal_(p, mean=1.0 if p.dim() == 1 and p.shape[0] == 24 and p.requires_grad and bool((p == 1).all()) else 0.0, std=0.15)

@@ -68,7 +68,7 @@ def test_ranks_take_slices_of_one_global_batch_and_steps_need_no_history():
 def test_prefetched_batches_are_the_same():
     b = batches(np.arange(1000, dtype="<u2"))
     got = list(b.prefetch(4, 9, torch.device("cpu")))
-    assert len(got) == 5 and all(torch.equal(x, b[4 + i][0]) and torch.equal(y, b[4 + i][1]) for i, (x, y) in enumerate(got))
+    assert len(got) == 5 and all(torch.equal(x, b[4 + i][0]) and torch.equal(y, b[4 + i][1]) and labels is None for i, (x, y, labels) in enumerate(got))
     assert list(b.prefetch(4, 4, torch.device("cpu"))) == []
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import CountProducts, tiny_gpt
-from model import GPT, INSERTS, MIXES, ModelConfig, TopK, gathered_dot, linear_cross_entropy, linear_topk, sparse_decode, sparse_outer
+from model import DISTANCES, GPT, INSERTS, MIXES, Hidden, ModelConfig, Teacher, TopK, gathered_dot, linear_cross_entropy, linear_topk, sparse_decode, sparse_outer
 
 VARIANTS = [("none", "interleave")] + [(i, m) for i in INSERTS if i != "none" for m in MIXES if (i, m) != ("pause", "none")]
 
@@ -35,6 +35,14 @@ def plain_forward(model, idx, labels=None, scale=1.0):
             m = model.inserted
             if c.insert == "pause":
                 vector = m.vector.expand_as(x)
+            elif c.insert == "hidden":
+                mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True, unbiased=True)
+                first, second = m.predict[0], m.predict[2]
+                g = F.gelu(((x - mean) / (std + 1e-5) - m.bias) @ first.weight.T + first.bias, approximate="tanh") @ second.weight.T + second.bias
+                if labels is not None:
+                    concept_loss = ((g - labels) ** 2).mean()
+                if c.mix != "none":
+                    vector = (g @ m.compress.weight.T + m.compress.bias + m.bias) * std + mean
             else:
                 mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True, unbiased=True)
                 z = ((x - mean) / (std + 1e-5) - m.bias) @ m.predict.weight.T + m.predict.bias
@@ -61,7 +69,7 @@ def plain_forward(model, idx, labels=None, scale=1.0):
 def test_forward_and_gradients_equal_the_plain_formulas(insert, mix, bias):
     model = tiny_gpt(insert=insert, mix=mix, bias=bias)
     idx, targets, labels = batch()
-    labels = labels if insert == "concept" else None
+    labels = labels if insert == "concept" else torch.randn(2, 12, 20, dtype=torch.float64) if insert == "hidden" else None
     logits, concept_loss = plain_forward(model, idx, labels)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     parameters = list(model.parameters())
@@ -167,12 +175,49 @@ def test_linear_topk_equals_the_plain_formula(monkeypatch, chunk, bias):
 def test_linear_cross_entropy_equals_pytorchs():
     x, w = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True), torch.randn(64, 8, dtype=torch.float64, requires_grad=True)
     y = torch.randint(50, (2, 9))
-    ours, plain = linear_cross_entropy(x, w, y, 50), F.cross_entropy((x @ w[:50].T).flatten(0, 1), y.flatten())
+    ours, plain = linear_cross_entropy(x, w, y, 50)[0], F.cross_entropy((x @ w[:50].T).flatten(0, 1), y.flatten())
     torch.testing.assert_close(ours, plain)
     for a, b in zip(torch.autograd.grad(ours, (x, w)), torch.autograd.grad(plain, (x, w))):
         torch.testing.assert_close(a, b)
-    huge = linear_cross_entropy(x.detach() * 1e4, w, y)
+    huge = linear_cross_entropy(x.detach() * 1e4, w, y)[0]
     assert torch.isfinite(huge)
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_distillation_equals_the_plain_formula(monkeypatch, chunk):
+    if chunk:
+        import model
+        monkeypatch.setattr(model, "chunk_rows", lambda device, width: chunk)
+    x, w = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True), torch.randn(64, 8, dtype=torch.float64, requires_grad=True)
+    teacher = Teacher(torch.randn(2, 9, 5, dtype=torch.float64), torch.randn(70, 5, dtype=torch.float64))
+    y, z = torch.randint(50, (2, 9)), x @ w[:50].T
+    kl = F.kl_div(z.log_softmax(-1), (teacher.x @ teacher.weight[:50].T).softmax(-1), reduction="none").sum(-1).mean()
+    plain = F.cross_entropy(z.flatten(0, 1), y.flatten()) + 0.3 * kl
+    ours, our_kl = linear_cross_entropy(x, w, y, 50, teacher, 0.3)
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(our_kl, kl)
+    assert not our_kl.requires_grad
+    for a, b in zip(torch.autograd.grad(ours, (x, w)), torch.autograd.grad(plain, (x, w))):
+        torch.testing.assert_close(a, b)
+    same, none = linear_cross_entropy(x, w, y, 50, Teacher(x.detach(), w.detach()), 0.3)
+    assert none.abs() < 1e-12 and same.item() == pytest.approx(linear_cross_entropy(x, w, y, 50)[0].item())
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_the_hidden_state_is_predicted_by_the_chosen_distance_and_compressed(distance):
+    config = ModelConfig(16, 61, 3, 2, 24, insert="hidden", hidden_size=20, distance=distance)
+    module = Hidden(config).double()
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    h, wanted = torch.randn(2, 5, 24, dtype=torch.float64), torch.randn(2, 5, 20, dtype=torch.float64)
+    c, none, loss = module(h, wanted)
+    mean, std = h.mean(-1, keepdim=True), h.std(-1, keepdim=True)
+    first, second, w = module.predict[0], module.predict[2], module.compress
+    g = F.gelu(((h - mean) / (std + 1e-5) - module.bias) @ first.weight.T + first.bias, approximate="tanh") @ second.weight.T + second.bias
+    torch.testing.assert_close(c, (g @ w.weight.T + w.bias + module.bias) * std + mean)
+    each = {"l1": (g - wanted).abs().mean(-1), "l2": ((g - wanted) ** 2).mean(-1), "cos": 1 - (g * wanted).sum(-1) / g.norm(dim=-1) / wanted.norm(dim=-1)}[distance]
+    torch.testing.assert_close(loss, each.mean())
+    assert none is None and module(h)[2] is None
 
 
 def test_sparse_products_equal_dense_ones():
@@ -205,7 +250,7 @@ def test_flops_are_those_of_the_matrix_products_that_run(insert, mix):
     model = tiny_gpt(torch.float32, insert=insert, mix=mix, vocab_size=64).requires_grad_(False)
     idx, targets, labels = batch(vocab=64, B=1, T=16)
     with CountProducts() as counter:
-        model(idx, targets, labels if insert == "concept" else None)
+        model(idx, targets, labels if insert == "concept" else torch.randn(1, 16, 20) if insert == "hidden" else None)
     c, d, T = model.config, 24, 16
     positions = [2 if c.interleaved and i >= 1 else 1 for i in range(3)]
     queries = [1 if i == 2 else p for i, p in enumerate(positions)]
@@ -228,7 +273,7 @@ def test_methods_start_from_the_same_shared_weights():
     states = []
     for insert in INSERTS:
         torch.manual_seed(5)
-        states.append(GPT(ModelConfig(16, 61, 3, 2, 24, insert=insert, n_concepts=40, concept_k=5)).state_dict())
+        states.append(GPT(ModelConfig(16, 61, 3, 2, 24, insert=insert, n_concepts=40, concept_k=5, hidden_size=20)).state_dict())
     for name in states[0]:
         assert all(torch.equal(state[name], states[0][name]) for state in states)
 

@@ -30,17 +30,51 @@ def cocomix(chain):
     return ["--method=cocomix", f"--concept_model={chain['gpt']}", f"--sae={chain['sae']}"]
 
 
-@pytest.mark.parametrize("method", ["ntp", "pause", "cocomix"])
+@pytest.mark.parametrize("method", ["ntp", "kd", "pause", "pause_kd", "cocomix", "cocomix_kd"])
 def test_sixty_steps_lower_the_loss(chain, dataset, tmp_path, method):
-    more = cocomix(chain) if method == "cocomix" else [f"--method={method}"]
-    status, out, err = run(train.main, *argv(dataset, tmp_path, "--max_iters=60", "--eval_interval=60", "--learning_rate=1e-2", *more))
+    more = cocomix(chain)[1:] if method != "ntp" else []
+    status, out, err = run(train.main, *argv(dataset, tmp_path, "--max_iters=60", "--eval_interval=60", "--learning_rate=1e-2", f"--method={method}", *more))
     assert status == 0, err
     log = read_log(tmp_path / "log.jsonl")
     val = [line["val_loss"] for line in log if "val_loss" in line]
     assert len(val) == 2 and val[1] < val[0] - 0.25
-    if method == "cocomix":
+    steps = [line for line in log if "loss" in line]
+    assert all(("kl" in line) == method.endswith("kd") and ("concept_loss" in line) == method.startswith("cocomix") for line in steps)
+    if "kl" in steps[0]:
+        assert 0 < steps[-1]["kl"] < steps[0]["kl"] - 0.1
+    if "concept_loss" in steps[0]:
         concept = [line["val_concept_loss"] for line in log if "val_loss" in line]
         assert concept[1] < concept[0] - 0.1
+
+
+@pytest.mark.parametrize("keys", [["--target=l1"], ["--target=l2", "--mix=add"], ["--target=cos", "--mix=interleave_residual"], ["--target=l2", "--mix=none"], ["--mix=none"],
+                                  ["--concept_weight=0"], ["--concept_weight=0", "--mix=interleave_residual"], ["--mix=add"], ["--method=pause", "--mix=interleave_residual"],
+                                  ["--select=activation"], ["--attribution=paper"], ["--attribution_sign=lower"], ["--attribution_sign=abs"]], ids=" ".join)
+def test_every_ablation_trains_resumes_and_is_evaluated(chain, dataset, tmp_path, keys):
+    common = argv(dataset, tmp_path, "--max_iters=12", "--eval_interval=6", "--learning_rate=1e-2", *cocomix(chain), *keys)
+    with StopAt(7):
+        assert run(train.main, *common)[0] == 130
+    status, out, err = run(train.main, *common, "--resume")
+    assert status == 0, err
+    val = [line["val_loss"] for line in read_log(tmp_path / "log.jsonl") if "val_loss" in line]
+    assert len(val) == 3 and val[2] < val[0]
+    status, out, err = run(evaluation.main, tmp_path, "--device=cpu", f"--write={tmp_path / 'row.jsonl'}")
+    assert status == 0, err
+    row = json.loads((tmp_path / "row.jsonl").read_text())
+    assert ("hit_rate" in row) == (row["method"] == "cocomix" and "--target" not in keys[0]) and ("concept_loss" in row) == (row["method"] == "cocomix")
+
+
+def test_methods_differ_by_their_own_terms_alone(chain, dataset, tmp_path):
+    """KD with weight 0 is NTP, Pause + KD with weight 0 is Pause, CoCoMix that neither predicts nor mixes is NTP."""
+    def weights(*keys):
+        out = tmp_path / "".join(keys)
+        assert run(train.main, *argv(dataset, out, *cocomix(chain), *keys, "--resume"))[0] == 0
+        return load_checkpoint(out)["model"]
+    for a, b in [(["--method=ntp"], ["--method=kd", "--kd_weight=0"]), (["--method=pause"], ["--method=pause_kd", "--kd_weight=0"]),
+                 (["--method=ntp"], ["--method=cocomix", "--mix=none", "--concept_weight=0"])]:
+        a, b = weights(*a), weights(*b)
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-4)
 
 
 class StopAt:
@@ -99,10 +133,10 @@ def test_both_methods_see_the_same_batches_in_the_same_order(dataset, chain, tmp
     seen = {}
     keep = train.step_losses
     for method in ("ntp", "cocomix"):
-        def watch(model, concept_model, x, y, labels=None):
+        def watch(model, cfg, x, y, *more):
             if model.training:
                 seen.setdefault(method, []).append(x.clone())
-            return keep(model, concept_model, x, y, labels)
+            return keep(model, cfg, x, y, *more)
         monkeypatch.setattr(train, "step_losses", watch)
         assert run(train.main, *argv(dataset, tmp_path / method, *(cocomix(chain) if method == "cocomix" else ["--n_embd=20"])))[0] == 0
     assert len(seen["ntp"]) == 8 and all(torch.equal(a, b) for a, b in zip(seen["ntp"], seen["cocomix"]))
@@ -182,8 +216,8 @@ def test_ctrl_c_while_libraries_are_imported_prints_no_traceback(script, tmp_pat
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(dataset, tmp_path, monkeypatch):
     keep = train.step_losses
     def broken(model, *args):
-        loss, concept = keep(model, *args)
-        return (loss * math.nan if model.training and len(calls) > 6 else loss), concept
+        losses = keep(model, *args)
+        return losses._replace(next_token=losses.next_token * math.nan) if model.training and len(calls) > 6 else losses
     calls = []
     monkeypatch.setattr(train, "step_losses", lambda *a: (calls.append(1), broken(*a))[1])
     status, _, err = run(train.main, *argv(dataset, tmp_path))

@@ -1,4 +1,5 @@
 # make demo   the whole pipeline on a laptop: data, concept model, SAE, NTP, CoCoMix, table, steering, picture
+# make ablations   every baseline and ablation of the paper at the demo's size: hours; a second call goes on
 # make test   the tests, under 3 minutes after the install
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -11,6 +12,9 @@ demo: .venv/installed
 	$(PY) train.py config/stdlib_cocomix.py --resume
 	$(PY) eval.py out/stdlib/ntp out/stdlib/cocomix --plot=out/stdlib/curves.png
 	$(PY) sample.py out/stdlib/cocomix --steer --start="    def __init__(self" --max_new_tokens=60
+
+ablations: .venv/installed
+	$(PY) results/run.py results/stdlib-ablations
 
 test: .venv/installed
 	$(PY) -m pytest -q tests -m "not slow"
@@ -30,4 +34,4 @@ test-all: .venv/installed-test
 clean:
 	rm -rf out/stdlib data/stdlib/*.bin data/stdlib/meta.json
 
-.PHONY: demo test test-all clean
+.PHONY: demo ablations test test-all clean

@@ -298,6 +298,7 @@ def show_weights(norms, plot=None, bins=20, unused=1e-2):
         axis.hist(norms, bins=50, range=(0, edges[-1]))
         axis.set(xlabel="length of a concept's column of W", ylabel="concepts")
         config.save_figure(figure, plot)
+        plt.close(figure)
 
 
 def main(argv):

@@ -2,7 +2,7 @@
 
     python eval.py out/stdlib/ntp out/stdlib/cocomix                          # one table
     python eval.py out/stdlib/ntp out/stdlib/cocomix --plot=curves.png        # and a picture of their logs
-    python eval.py --compare out/stdlib/ntp out/stdlib/cocomix                # the course of training, from the logs alone
+    python eval.py --compare out/stdlib/ntp out/stdlib/cocomix                # the course of training against the first run's, from the logs alone
     python eval.py                                                            # the newest checkpoint under out/
 
 Loss is the mean over all of val.bin, every token a target once, in blocks of block_size; perplexity is its
@@ -10,8 +10,10 @@ exponential. The concept loss and the hit rate (the share of the label concepts 
 predicted ones) are measured against the concept model the run was trained with.
 """
 import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import config  # before torch: from here on Ctrl-C ends without a traceback
 import torch
@@ -26,8 +28,8 @@ from model import RUN, find_checkpoint, load_checkpoint, load_model, perplexity,
 class Config:
     tokens: int | None = key(None, "tokens of val to evaluate (none: all)", low=2)
     batch_size: int = key(16, "sequences at once", low=1)
-    compare: bool = key(False, "val loss over training, read from the logs; nothing is evaluated")
-    plot: str | None = key(None, "draw val loss against tokens and time into this .png or .svg")
+    compare: bool = key(False, "val loss over training and what the first run's end costs the others, read from the logs; nothing is evaluated")
+    plot: str | None = key(None, "draw val loss against tokens, FLOPs and time into this .png, .svg or .pdf; no suffix: .png and .svg (--compare: out/compare)")
     write: str | None = key(None, "append the rows to this .jsonl file")
     device: str = key("auto", "cpu, cuda, mps; auto takes the fastest there is")
 
@@ -96,33 +98,100 @@ def named(paths):
     return list(zip(names if len(set(names)) == len(names) else map(str, paths), paths))
 
 
-def course(logs, columns=8):
-    """Val loss at up to `columns` evaluations that all logs of {name: lines} share, as a Markdown table by tokens."""
-    points = {name: {line["tokens"]: line["val_loss"] for line in log if "val_loss" in line} for name, log in logs.items()}
-    shared = sorted(set.intersection(*map(set, points.values())) - {0})
+class Curve(NamedTuple):
+    """The course of one method's training: means over its seeds at the evaluations that all of them share."""
+    tokens: list[int]
+    losses: list[list[float]]  # of each seed, at each of tokens
+    seconds: list[float]
+    flops_per_token: float     # with those that make the labels, wherever they were made
+
+    @property
+    def loss(self):
+        """Mean over the seeds."""
+        return [statistics.fmean(at) for at in zip(*self.losses)]
+
+    @property
+    def spread(self):
+        """Half the distance between the best and the worst seed at the end; None for one seed."""
+        last = [losses[-1] for losses in self.losses]
+        return (max(last) - min(last)) / 2 if len(last) > 1 else None
+
+
+def curves(logs):
+    """{name: log lines} → {name: Curve}. Logs called NAME-SEED, with the seed they were trained with, are one method NAME."""
+    groups = {}
+    for name, log in logs.items():
+        seed = str(log[0].get("seed")) if log else "None"
+        groups.setdefault(name.removesuffix(f"-{seed}"), []).append(log)
+    found = {}
+    for name, group in groups.items():
+        points = [{line["tokens"]: line for line in log if "val_loss" in line and line["tokens"]} for log in group]
+        shared = sorted(set.intersection(*map(set, points)))
+        if not shared:
+            raise UserError(f"{name}: no evaluation after the start is in its log" + ("s" if len(group) > 1 else "") + "; train on, or with a smaller --eval_interval")
+        start = group[0][0]
+        found[name] = Curve(shared, [[at[t]["val_loss"] for t in shared] for at in points],
+                            [statistics.fmean(at[t]["seconds"] for at in points) for t in shared],
+                            (start.get("flops_per_token") or 0) + (start.get("concept_flops_per_token") or 0))
+    return found
+
+
+def tokens_to_reach(curve, loss):
+    """Tokens after which a curve is first at or below `loss`, linear between its evaluations; None if it never is."""
+    before = None
+    for tokens, value in zip(curve.tokens, curve.loss):
+        if value <= loss:
+            return tokens if before is None else before[0] + (tokens - before[0]) * (before[1] - loss) / (before[1] - value)
+        before = tokens, value
+    return None
+
+
+def course(runs, columns=4):
+    """{name: Curve} as a Markdown table: val loss at up to `columns` evaluations that all share, the last with half the
+    distance between the best and worst seed; what it takes to come to the first run's last loss, in tokens and in FLOPs, as
+    shares of the first run's; seconds and FLOPs of the whole run."""
+    shared = sorted(set.intersection(*(set(run.tokens) for run in runs.values())))
     if not shared:
         raise UserError("these runs share no evaluation: compare runs of one eval_interval and batch size")
-    shown = [shared[round((i + 1) * len(shared) / min(columns, len(shared))) - 1] for i in range(min(columns, len(shared)))]
-    rows = [["run", *(f"{tokens / 1e6:.2f}M" for tokens in shown)]] + [[name, *(f"{at[tokens]:.3f}" for tokens in shown)] for name, at in points.items()]
-    rows.insert(1, ["---"] * len(rows[0]))
+    n = min(columns, len(shared))
+    shown = [shared[round((i + 1) * len(shared) / n) - 1] for i in range(n)]
+    first = next(iter(runs.values()))
+    goal, end = first.loss[first.tokens.index(shared[-1])], shared[-1]
+    rows = [["run", "seeds", *(f"loss at {tokens / 1e6:.2f}M" for tokens in shown), "tokens needed", "FLOPs needed", "FLOPs", "seconds"]]
+    rows.append(["---"] + ["---:"] * (len(rows[0]) - 1))
+    for name, run in runs.items():
+        at = {t: loss for t, loss in zip(run.tokens, run.loss)}
+        cells = [f"{at[t]:.3f}" for t in shown]
+        if run.spread is not None and run.tokens[-1] == end:
+            cells[-1] += f" ± {run.spread:.3f}"
+        needed, known = tokens_to_reach(run, goal), run.flops_per_token and first.flops_per_token
+        share = lambda tokens, by=1.0: "not reached" if needed is None else f"{tokens * by / end:.1%}"
+        rows.append([name, str(len(run.losses)), *cells, share(needed), share(needed, run.flops_per_token / first.flops_per_token) if known else "–",
+                     f"{run.flops_per_token * run.tokens[-1]:.2e}" if known else "–", f"{run.seconds[-1]:.0f}"])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def plot(path, logs):
-    """Val loss against tokens and against training time, a line for each log of {name: lines}."""
+def plot(path, runs):
+    """{name: Curve}: val loss against tokens, FLOPs and training time, a line for each, a band from its best to its worst seed.
+    A path without a suffix gives a .png and an .svg; returns the paths."""
     plt = config.pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for name, log in logs.items():
-        points = [line for line in log if "val_loss" in line and line["step"]]
-        for axis, by in zip(axes, ("tokens", "seconds")):
-            axis.plot([p[by] for p in points], [p["val_loss"] for p in points], marker="o", markersize=3, label=name)
-    for axis, label in zip(axes, ("training tokens", "training time (s)")):
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
+    for name, run in runs.items():
+        for axis, at in zip(axes, (run.tokens, [t * run.flops_per_token for t in run.tokens], run.seconds)):
+            line, = axis.plot(at, run.loss, marker="o", markersize=3, label=name)
+            if len(run.losses) > 1:
+                axis.fill_between(at, [min(v) for v in zip(*run.losses)], [max(v) for v in zip(*run.losses)], color=line.get_color(), alpha=0.2, linewidth=0)
+    for axis, label in zip(axes, ("training tokens", "training FLOPs", "training time (s)")):
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=""))
     axes[0].set_ylabel("validation loss (nats a token)")
     axes[0].legend(frameon=False)
-    config.save_figure(figure, path)
+    paths = [Path(path)] if Path(path).suffix else [Path(f"{path}.png"), Path(f"{path}.svg")]
+    for path in paths:
+        config.save_figure(figure, path)
+    plt.close(figure)
+    return " ".join(map(str, paths))
 
 
 def evaluate_run(name, path, device, cfg):
@@ -143,30 +212,33 @@ def evaluate_run(name, path, device, cfg):
 
 def main(argv):
     cfg, runs = config.parse(Config, argv, __doc__, files=False)
-    config.picture_path(cfg.plot)
+    if cfg.plot and Path(cfg.plot).suffix:
+        config.picture_path(cfg.plot)
     if cfg.write and Path(cfg.write).is_dir():
         raise UserError(f"{cfg.write} is a folder; name a file in it")
     device = pick_device(cfg.device)
     if cfg.compare:
-        logs = {name: config.read_log(path) for name, path in named([log_of(run) for run in runs or [find_checkpoint().parent]])}
-        print(course(logs))
-    else:
-        rows, logs = [], {}
-        for name, path in named([find_checkpoint(run) for run in runs or [None]]):
-            row, log = evaluate_run(name, path, device, cfg)
-            rows.append(row)
-            if log:
-                logs[name] = log
-        print(table(rows))
-        if cfg.write:
-            Path(cfg.write).parent.mkdir(parents=True, exist_ok=True)
-            with open(cfg.write, "a") as file:
-                file.writelines(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n" for row in rows)
+        if not runs:
+            raise UserError("--compare needs runs, or logs of runs: python eval.py --compare out/A out/B")
+        logs = {name: config.read_log(path) for name, path in named([log_of(run) for run in runs])}
+        print(course(curves(logs)))
+        print(f"curves: {plot(cfg.plot or 'out/compare', curves(logs))}")
+        return
+    rows, logs = [], {}
+    for name, path in named([find_checkpoint(run) for run in runs or [None]]):
+        row, log = evaluate_run(name, path, device, cfg)
+        rows.append(row)
+        if log:
+            logs[name] = log
+    print(table(rows))
+    if cfg.write:
+        Path(cfg.write).parent.mkdir(parents=True, exist_ok=True)
+        with open(cfg.write, "a") as file:
+            file.writelines(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n" for row in rows)
     if cfg.plot:
         if not logs:
             raise UserError("nothing to draw: no log.jsonl beside these checkpoints")
-        plot(cfg.plot, logs)
-        print(f"curves: {cfg.plot}")
+        print(f"curves: {plot(cfg.plot, curves(logs))}")
 
 
 if __name__ == "__main__":

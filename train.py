@@ -225,7 +225,7 @@ def main(argv):
     flops, concept_flops = model.flops_per_token(), concept_model.flops_per_token(cfg.block_size) if guided else 0
     log = config.Log(log_path, step)
     if log.empty:
-        log.write(dict(step=step, method=cfg.method, params=model.num_params(), active_params=model.num_params(active=True), flops_per_token=flops,
+        log.write(dict(step=step, method=cfg.method, seed=cfg.seed, max_iters=cfg.max_iters, params=model.num_params(), active_params=model.num_params(active=True), flops_per_token=flops,
                        concept_flops_per_token=concept_flops, labels=cfg.labels if predicts else None,
                        device=torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} {device.type}", threads=torch.get_num_threads(),
                        torch=torch.__version__, source_hash=meta.get("source_hash")))

@@ -268,11 +268,10 @@ def picture_path(path):
 
 
 def save_figure(figure, path):
-    """Write a matplotlib figure and close it. The same figure gives the same bytes: no date, no random ids."""
+    """Write a matplotlib figure. The same figure gives the same bytes: no date, no random ids."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     pyplot().rcParams["svg.hashsalt"] = "cocomix"
     figure.savefig(path, dpi=150, metadata={"Date": None} if str(path).endswith(".svg") else {"CreationDate": None} if str(path).endswith(".pdf") else None)
-    pyplot().close(figure)
 
 
 class Log:

@@ -1,0 +1,34 @@
+# Every baseline and every ablation of the paper at the demo's size: python results/run.py results/stdlib-ablations
+# (make ablations). All rows see the same batches in the same order, two seeds each (initialisation and order).
+out = "out/ablations"
+prepare = ["data/stdlib/prepare.py"]
+before = {  # made once: the concept model, longer trained than its students, and its SAE
+    "gpt": "train.py config/stdlib_gpt.py --max_iters=2000",
+    "sae": "sae.py config/stdlib_sae.py --concept_model=out/ablations/gpt",
+}
+every = "--concept_model=out/ablations/gpt --max_iters=400 --eval_interval=50 --eval_iters=20"
+ntp = "train.py config/stdlib_ntp.py --concept_layer=1 --insert_layer=2"  # wider: as many active parameters as cocomix
+cocomix = "train.py config/stdlib_cocomix.py --sae=out/ablations/sae --mix=interleave --select=attribution"  # the paper's form
+runs = {
+    "NTP": ntp,
+    "KD": f"{ntp} --method=kd",
+    "Pause": f"{ntp} --method=pause",
+    "Pause, residual": f"{ntp} --method=pause --mix=interleave_residual",
+    "Pause + KD": f"{ntp} --method=pause_kd",
+    "CoCoMix": cocomix,
+    "CoCoMix, residual": f"{cocomix} --mix=interleave_residual",
+    "adding": f"{cocomix} --mix=add",
+    "concept prediction only": f"{cocomix} --mix=none",
+    "concept mix only": f"{cocomix} --concept_weight=0",
+    "concept mix only, residual": f"{cocomix} --concept_weight=0 --mix=interleave_residual",
+    "labels by activation": f"{cocomix} --select=activation",
+    "labels by activation, residual": f"{cocomix} --select=activation --mix=interleave_residual",
+    "attribution as in eq. 1": f"{cocomix} --attribution=paper",
+    "attribution, lower": f"{cocomix} --attribution_sign=lower",
+    "attribution, abs": f"{cocomix} --attribution_sign=abs",
+    "hidden state, l1": f"{cocomix} --target=l1",
+    "hidden state, l2": f"{cocomix} --target=l2",
+    "hidden state, cos": f"{cocomix} --target=cos",
+}
+seeds = (1337, 1)
+at_once = 2  # runs side by side, one thread each

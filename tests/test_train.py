@@ -257,8 +257,9 @@ def test_compare_prints_the_course_of_training_from_folders_and_from_logs(chain,
     assert status == 0, err
     lines = out.splitlines()
     val = [line["val_loss"] for line in read_log(tmp_path / "mine.jsonl") if line.get("step") and "val_loss" in line]
-    assert lines[0] == "| run | 0.00M | 0.00M |" and lines[3] == f"| mine | {val[0]:.3f} | {val[1]:.3f} |" and lines[2].startswith("| ntp |")
+    assert lines[2].startswith("| ntp | 1 |") and lines[3].startswith(f"| mine | 1 | {val[0]:.3f} | {val[1]:.3f} |")
     assert (tmp_path / "c.svg").is_file()
+    assert "--compare needs runs" in run(evaluation.main, "--compare")[2]
 
 
 def test_sample_is_repeatable_steers_and_inspects(chain, dataset):

@@ -1,0 +1,91 @@
+"""Comparing runs from their logs, and the experiments under results/."""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import eval as evaluation
+from config import UserError, read_log
+from conftest import TINY, run
+
+ROOT = Path(evaluation.__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "results"))
+import run as experiment
+
+
+def log(losses, every=100, seed=1, flops=10, concept_flops=0, speed=50):
+    head = dict(step=0, seed=seed, max_iters=len(losses), flops_per_token=flops, concept_flops_per_token=concept_flops)
+    return [head] + [dict(step=i + 1, tokens=every * (i + 1), val_loss=loss, seconds=every * (i + 1) / speed) for i, loss in enumerate(losses)]
+
+
+def test_tokens_to_reach_a_loss_are_read_off_between_two_evaluations():
+    curve = evaluation.curves({"a": log([5.0, 4.0, 3.0, 3.5])})["a"]
+    assert evaluation.tokens_to_reach(curve, 3.75) == pytest.approx(225)
+    assert evaluation.tokens_to_reach(curve, 3.0) == 300 and evaluation.tokens_to_reach(curve, 5.5) == 100
+    assert evaluation.tokens_to_reach(curve, 2.9) is None
+
+
+def test_the_table_tells_what_the_first_runs_end_costs_the_others():
+    curves = evaluation.curves({"ntp": log([5.0, 4.0, 3.5, 3.25]), "fast": log([4.0, 3.25, 3.0, 2.0], flops=10, concept_flops=20), "slow": log([6.0, 5.0, 4.5, 4.0])})
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in evaluation.course(curves, columns=2).splitlines()]
+    assert rows[0] == ["run", "seeds", "loss at 0.00M", "loss at 0.00M", "tokens needed", "FLOPs needed", "FLOPs", "seconds"]
+    assert rows[2] == ["ntp", "1", "4.000", "3.250", "100.0%", "100.0%", "4.00e+03", "8"]
+    assert rows[3] == ["fast", "1", "3.250", "2.000", "50.0%", "150.0%", "1.20e+04", "8"]
+    assert rows[4][2:6] == ["5.000", "4.000", "not reached", "not reached"]
+
+
+def test_seeds_of_one_row_are_one_curve_with_its_spread():
+    curves = evaluation.curves({"ntp-1": log([5.0, 3.0], seed=1), "ntp-22": log([6.0, 3.5], seed=22), "other-9": log([1.0], seed=1)})
+    assert list(curves) == ["ntp", "other-9"]
+    assert curves["ntp"].loss == [5.5, 3.25] and curves["ntp"].spread == 0.25 and curves["other-9"].spread is None
+    assert "3.250 ± 0.250" in evaluation.course({"ntp": curves["ntp"]})
+
+
+def test_runs_without_a_shared_evaluation_are_refused():
+    with pytest.raises(UserError, match="share no evaluation"):
+        evaluation.course(evaluation.curves({"a": log([5.0], every=100), "b": log([5.0], every=70)}))
+    with pytest.raises(UserError, match="no evaluation after the start"):
+        evaluation.curves({"a": log([])})
+
+
+def test_a_picture_without_a_suffix_is_drawn_as_png_and_svg(tmp_path):
+    curves = evaluation.curves({"ntp-1": log([5.0, 3.0]), "ntp-2": log([5.0, 3.5], seed=2)})
+    assert evaluation.plot(tmp_path / "c", curves).split() == [str(tmp_path / "c.png"), str(tmp_path / "c.svg")]
+    svg = (tmp_path / "c.svg").read_bytes()
+    evaluation.plot(tmp_path / "again.svg", curves)
+    assert (tmp_path / "again.svg").read_bytes() == svg  # the same figure, the same bytes
+
+
+def test_an_experiment_runs_what_is_missing_and_keeps_logs_table_and_curves(dataset, tmp_path, monkeypatch):
+    folder, out = tmp_path / "results", tmp_path / "out"
+    folder.mkdir()
+    tiny = " ".join([*TINY, f"--dataset={dataset}"])
+    (folder / "experiment.py").write_text(f'out = "{out}"\nevery = "{tiny}"\nruns = {{"NTP": "train.py", "Pause + KD": "train.py --method=pause"}}\nat_once = 2\n')
+    calls, keep = [], experiment.call
+    monkeypatch.setattr(experiment, "call", lambda *a: (calls.append(a[0]), keep(*a)))
+    status, stdout, err = run(experiment.main, folder)
+    assert status == 0 and len(calls) == 2, err
+    assert "| NTP | 1 |" in (folder / "table.md").read_text() and "| Pause + KD | 1 |" in stdout and (folder / "curves.svg").is_file()
+    assert experiment.finished(folder / "pause_kd-1337.jsonl")
+    cut = folder / "ntp-1337.jsonl"
+    cut.write_text("".join(json.dumps(line) + "\n" for line in read_log(cut)[:-1]))
+    assert not experiment.finished(cut)
+    assert run(experiment.main, folder)[0] == 0 and experiment.finished(cut)
+    assert len(calls) == 3 and "train.py  --n_layer" in calls[2] and calls[2].endswith("--resume")  # only what is missing
+    (folder / "experiment.py").write_text(f'out = "{out}"\nruns = {{"broken": "train.py --n_head=7 --n_embd=16 --dataset={dataset}"}}\n')
+    status, _, err = run(experiment.main, folder)
+    assert status == 1 and "n_embd=16 is not divisible" in err
+
+
+def test_each_row_of_the_ablations_is_a_run_that_train_accepts():
+    import config
+    import train
+    for name in ("stdlib-ablations",):
+        e = config.read_config_file(ROOT / "results" / name / "experiment.py")
+        for row, command in e["runs"].items():
+            script, *argv = f"{command} {e['every']}".split()
+            cfg, rest = config.parse(train.Config, [str(ROOT / a) if a.startswith("config/") else a for a in argv])
+            assert script == "train.py" and not rest and train.model_config(cfg, 4096, 2048, 160), row
+        names = [experiment.file_name(row) for row in e["runs"]]
+        assert len(set(names)) == len(names) == 19

@@ -72,7 +72,7 @@ def test_an_experiment_runs_what_is_missing_and_keeps_logs_table_and_curves(data
     cut.write_text("".join(json.dumps(line) + "\n" for line in read_log(cut)[:-1]))
     assert not experiment.finished(cut)
     assert run(experiment.main, folder)[0] == 0 and experiment.finished(cut)
-    assert len(calls) == 3 and "train.py  --n_layer" in calls[2] and calls[2].endswith("--resume")  # only what is missing
+    assert len(calls) == 3 and "train.py --n_layer" in calls[2] and calls[2].endswith("--resume")  # only what is missing
     (folder / "experiment.py").write_text(f'out = "{out}"\nruns = {{"broken": "train.py --n_head=7 --n_embd=16 --dataset={dataset}"}}\n')
     status, _, err = run(experiment.main, folder)
     assert status == 1 and "n_embd=16 is not divisible" in err

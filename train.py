@@ -74,6 +74,11 @@ FREE = ("out_dir", "eval_interval", "log_interval", "micro_batch_size", "device"
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # dense bf16
 
 
+def peak_flops(device):
+    """The device's dense bf16 FLOP/s, None where it isn't known."""
+    return next((f for name, f in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)), None)
+
+
 class Method(NamedTuple):
     inserted: str  # between the blocks: none, pause, concept (with another target than concepts: hidden)
     taught: bool   # by the concept model's next-token distribution (KD)?
@@ -231,7 +236,7 @@ def main(argv):
                        torch=torch.__version__, source_hash=meta.get("source_hash")))
     print(f"{cfg.method}: {model.num_params(active=True) / 1e6:.2f}M active of {model.num_params() / 1e6:.2f}M parameters, "
           f"{(flops + concept_flops) / 1e6:.1f} MFLOP a token, {cfg.max_iters} steps of {tokens_a_step} tokens, on {device}")
-    peak = next((f for name, f in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name(device)), None)
+    peak = peak_flops(device)
 
     val_loss = content["val_loss"] if content else math.nan
     val_labels = None

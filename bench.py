@@ -1,0 +1,352 @@
+"""How fast a training step is, and where its time goes.
+
+    python bench.py config/stdlib_ntp.py config/stdlib_cocomix.py           # tokens/s side by side
+    python bench.py config/ntp_69m.py config/cocomix_69m.py --disk --official --batch_size=2 --block_size=256
+
+Steps of all rows alternate in one process, so that a slow minute of the machine slows them alike; figures are medians over
+the rounds, ratios are those of each round. FLOPs are counted at their minimum (only active concepts, only gradients that are
+needed, causal attention at half the square), so achieved FLOP/s and MFU (against the GPU's dense bf16 peak) fall with every
+product that needn't be. GPT-2 and its SAE are not fetched: random weights of their shapes take the same time.
+
+--disk adds, to each CoCoMix, a row whose labels are known (from disk); --official one with the official code's recipe done
+plainly: float32, dense attribution over all C, dense TopK mask, dense compress product, four separate cross-entropies,
+gradients for all the concept model's weights. --parts times the pieces of each row's step, alone.
+"""
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import config  # before torch: from here on Ctrl-C ends without a traceback
+import torch
+import torch.nn.functional as F
+
+import data
+import train
+from concepts import ConceptModel, Guidance, load_concept_model, uses_bf16
+from config import UserError, key
+from model import GPT, ModelConfig, linear_cross_entropy, linear_topk, pick_device, sparse_decode
+from sae import SAE, hidden_states, normalize
+
+
+@dataclass(frozen=True)
+class Config(train.Config):
+    rounds: int = key(5, "times that each row has its turn", low=1)
+    steps: int = key(1, "steps a turn", low=1)
+    disk: bool = key(False, "for each CoCoMix also a row with labels from disk")
+    official: bool = key(False, "for each CoCoMix also a row with the official recipe")
+    parts: bool = key(False, "time the pieces of each step")
+    memory: bool = key(True, "measure peak memory (on a CPU: with a process for each row)")
+    only_memory: int | None = key(None, "print the peak memory (bytes) of this row alone", low=0)
+    write: str | None = key(None, "append the rows to this .jsonl file")
+
+
+def concept_model_of(cfg, device):
+    """The run's concept model; GPT-2's and the published SAE's shapes with random weights. None where there is none."""
+    method, target = train.METHODS[cfg.method], train.inserted(cfg)
+    if target in ("none", "pause") and not method.taught:
+        return None
+    if cfg.concept_model != "gpt2":
+        return load_concept_model(cfg, device, target, method.taught)[0]
+    gpt = GPT(ModelConfig(vocab_size=50257)).to(device).eval().requires_grad_(False)
+    sae = SAE(gpt.config.n_embd, 32768, 32).to(device).eval().requires_grad_(False) if target == "concept" else None
+    return ConceptModel(gpt, sae, cfg.concept_layer, cfg.attr_k, cfg.select, cfg.attribution, cfg.attribution_sign, target, method.taught, uses_bf16(cfg.dtype, device))
+
+
+class Row:
+    """One method's models and optimizer, and its training step on a batch of random tokens."""
+    def __init__(self, name, cfg, device, kind=""):
+        torch.manual_seed(0)
+        self.name, self.cfg, self.device, self.kind = name + (f", {kind}" if kind else ""), cfg, device, kind
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        try:
+            vocab_size = data.load_meta(cfg.dataset)["vocab_size"]
+        except UserError:
+            vocab_size = 50257
+        self.concept_model = concept_model_of(cfg, device)
+        if self.concept_model is not None:
+            vocab_size = self.concept_model.gpt.config.vocab_size
+        n_concepts = len(self.concept_model.sae.encoder) if self.concept_model and self.concept_model.sae else 0
+        self.model = GPT(train.model_config(cfg, vocab_size, n_concepts, self.concept_model.gpt.config.n_embd if self.concept_model else 0)).to(device)
+        self.micro = train.micro_batch(cfg, device)
+        self.x, self.y = torch.randint(vocab_size, (2, cfg.batch_size, cfg.block_size), device=device)
+        self.labels = torch.randint(max(1, n_concepts), (cfg.batch_size, cfg.block_size, cfg.attr_k), device=device) if kind == "labels from disk" else None
+        self.concept_flops = 0 if self.concept_model is None or self.labels is not None else self.concept_model.flops_per_token(cfg.block_size)
+        if self.labels is not None:
+            self.concept_model = None
+        self.autocast = torch.autocast(device.type, dtype=torch.bfloat16) if uses_bf16(cfg.dtype, device) and kind != "official" else nullcontext()
+        self.compiled = torch.compile(self.model) if kind != "official" and (cfg.compile is True or cfg.compile == "auto" and device.type == "cuda") else self.model
+        if kind == "official":
+            self.concept_model.gpt.requires_grad_()
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.learning_rate)
+        else:
+            self.optimizer = train.make_optimizer(self.model, cfg, device)
+        self.step(), self.step()  # compiles, makes the optimizer's state
+        self.allocated = torch.cuda.memory_allocated(device) - before if device.type == "cuda" else 0
+
+    @property
+    def flops(self):
+        """Of a token, at the minimum: model and, where it runs, concept model."""
+        return self.model.flops_per_token(block_size=self.cfg.block_size) + self.concept_flops
+
+    def guide(self, rows):
+        """What is known of some rows of the batch: asked of the concept model, or from disk."""
+        if self.labels is not None:
+            return Guidance(self.labels[rows])
+        return Guidance() if self.concept_model is None else self.concept_model.guide(self.x[rows], self.y[rows])
+
+    def losses(self, rows):
+        """The sum that is minimised, of some rows of the batch."""
+        if self.kind == "official":
+            return official_losses(self.model, self.concept_model, self.x[rows], self.y[rows], self.cfg.concept_weight)
+        guidance = self.guide(rows)
+        with self.autocast:
+            return train.step_losses(self.compiled, self.cfg, self.x[rows], self.y[rows], guidance).total
+
+    @property
+    def micro_batches(self):
+        return [slice(first, first + self.micro) for first in range(0, len(self.x), self.micro)]
+
+    def step(self):
+        """One optimizer step, as in train.py."""
+        for rows in self.micro_batches:
+            (self.losses(rows) * (len(self.x[rows]) / len(self.x))).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def official_losses(model, concept_model, x, y, concept_weight):
+    """The official code's step, plainly: everything dense, in float32. Returns its total loss."""
+    gpt, sae, c = concept_model.gpt, concept_model.sae, model.config
+    h = gpt.blocks(gpt.embed(x), 0, concept_model.layer + 1)[0]
+    h.retain_grad()
+    logits = gpt.head(gpt.blocks(h, concept_model.layer + 1, gpt.config.n_layer)[0])
+    F.cross_entropy(logits.flatten(0, 1), y.flatten()).backward()  # gradients for all of its weights
+    with torch.no_grad():
+        pre = sae.preactivations(normalize(h)[0])
+        top = pre.topk(sae.k)
+        active = torch.zeros_like(pre).scatter_(-1, top.indices, top.values.relu())
+        labels = (active * (h.grad @ sae.decoder.T)).topk(concept_model.attr_k).indices
+    gpt.zero_grad(set_to_none=True)
+
+    x = model.embed(x)
+    for i, block in enumerate(model.h):
+        if i == c.insert_layer:
+            m = model.inserted
+            normal, mean, std = m.normalize(x)
+            z = m.predict(normal)
+            concept_loss = sum(F.cross_entropy(z.flatten(0, 1), labels[..., j].flatten()) for j in range(labels.shape[-1])) / labels.shape[-1]
+            kept = z.topk(c.concept_k)
+            dense = torch.zeros_like(z).scatter(-1, kept.indices, kept.values)
+            vector = (dense @ m.compress + m.compress_bias + m.bias) * std + mean
+            x = torch.stack((x, vector), dim=2).flatten(1, 2)
+        x = block(x)
+    logits = model.ln_f(x[:, 1::2]) @ model.wte.weight[:c.vocab_size].T
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten()) + concept_weight * concept_loss
+
+
+# ---------------------------------------------------------------------------------------------------
+# measuring
+
+def clock(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def timed(f, device, times=3):
+    """Median seconds of f(), after one call that is not counted."""
+    f()
+    seconds = []
+    for _ in range(times):
+        start = clock(device)
+        f()
+        seconds.append(clock(device) - start)
+    return statistics.median(seconds)
+
+
+def parts(row):
+    """{piece of a row's step: seconds}, each run alone on one micro batch with inputs of its shape, forward and, where the
+    step has one, backward; scaled to the whole batch."""
+    cfg, model, device, cm = row.cfg, row.model, row.device, row.concept_model
+    x, y, c = row.x[:row.micro], row.y[:row.micro], model.config
+    found, N = {}, len(row.x) / len(x)
+
+    def backward(make, *inputs):
+        """Of make(*inputs), to its inputs and the model's weights."""
+        def f():
+            leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+            with row.autocast:
+                out = make(*leaves)
+            out.backward(torch.ones_like(out))
+        return f
+
+    if cm is not None:
+        with torch.autocast(device.type, enabled=False):
+            h = hidden_states(cm.gpt, x, cm.layer, cm.bf16)
+            found["concept forward"] = timed(lambda: hidden_states(cm.gpt, x, cm.layer, cm.bf16), device)
+            if cm.target == "concept":
+                normal = normalize(h)[0].to(cm.sae.encoder.dtype)
+                with torch.no_grad():
+                    active = cm.sae.encode(normal)
+                    found["TopK of the SAE"] = timed(lambda: cm.sae.encode(normal), device)
+                if cm.select == "attribution":
+                    grad, _ = cm.loss_gradient(h, y)
+                    found["concept backward"] = timed(lambda: cm.loss_gradient(h, y), device)
+                    found["attribution"] = timed(lambda: cm._signed(cm.attributions(active, grad).values).topk(cm.attr_k), device)
+            if cm.teaches and "concept backward" not in found:
+                with torch.no_grad():
+                    found["concept forward"] += timed(lambda: cm._upper(h), device)
+    guidance = cm.guide(x, y) if cm is not None else Guidance(None if row.labels is None else row.labels[:row.micro])
+    if c.insert == "none":
+        found["blocks"] = timed(backward(lambda e: model.blocks(e, 0, c.n_layer)[0], model.embed(x)), device)
+        end = model.embed(x)
+    else:
+        h = model.blocks(model.embed(x), 0, c.insert_layer)[0].detach()
+        found["lower blocks"] = timed(backward(lambda e: model.blocks(e, 0, c.insert_layer)[0], model.embed(x)), device)
+        if c.insert == "concept":
+            predict = model.inserted.predict
+            head = lambda h: linear_topk(h, predict.weight, predict.bias, c.concept_k, guidance.labels)
+            with row.autocast:
+                top = head(h)[0]
+            found["concept head and loss"] = timed(backward(lambda h: (lambda t, l: t.values.sum() * 1e-3 + l)(*head(h)), h), device)
+            if c.mix != "none":
+                found["compress"] = timed(backward(lambda v, w: sparse_decode(top._replace(values=v), w), top.values, model.inserted.compress), device)
+        elif c.insert == "hidden":
+            found["hidden head and loss"] = timed(backward(lambda h: model.inserted(h, guidance.labels)[2], h), device)
+        inserted, model.inserted = model.inserted, _Twice()
+        try:
+            end = model.blocks(h, c.insert_layer, c.n_layer)[0].detach()
+            found["upper blocks"] = timed(backward(lambda h: model.blocks(h, c.insert_layer, c.n_layer)[0], h), device)
+        finally:
+            model.inserted = inserted
+    found["head and loss"] = timed(backward(lambda e: linear_cross_entropy(model.ln_f(e), model.wte.weight, y, c.vocab_size, guidance.teacher, cfg.kd_weight)[0], end), device)
+    found = {name: seconds * N for name, seconds in found.items()}
+    row.losses(slice(0, row.micro)).backward()
+
+    def update():
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        row.optimizer.step()
+    found["optimizer"] = timed(update, device)
+    row.optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+class _Twice(torch.nn.Module):
+    """In the place of what is inserted, for the upper blocks' own time: h itself, which costs nothing."""
+    def forward(self, h, labels=None, scale=None):
+        return h, None, None
+
+
+def measure(rows, rounds, steps):
+    """The rows take turns: ([[seconds a step of each round] of each row], [[seconds of its concept model's part] …])."""
+    whole, asking = [[] for _ in rows], [[] for _ in rows]
+    for _ in range(rounds):
+        for i, row in enumerate(rows):
+            start = clock(row.device)
+            for _ in range(steps):
+                row.step()
+            whole[i].append((clock(row.device) - start) / steps)
+            if row.concept_flops and row.kind != "official":
+                start = clock(row.device)
+                for _ in range(steps):
+                    for part in row.micro_batches:
+                        row.guide(part)
+                asking[i].append((clock(row.device) - start) / steps)
+    return whole, asking
+
+
+def peak_on_gpu(row):
+    """Peak bytes of the GPU's memory while a row takes a step, without the other rows' models."""
+    torch.cuda.reset_peak_memory_stats(row.device)
+    others = torch.cuda.memory_allocated(row.device) - row.allocated
+    row.step()
+    return torch.cuda.max_memory_allocated(row.device) - others
+
+
+def peak_on_cpu(argv, i):
+    """Peak resident bytes of a process that makes row i alone and takes its steps, libraries included."""
+    out = subprocess.run([sys.executable, __file__, *argv, f"--only_memory={i}"], capture_output=True, text=True)
+    if out.returncode:
+        raise UserError(f"the process that measures row {i}'s memory ended with status {out.returncode}: {(out.stderr.strip().splitlines() or ['nothing said'])[-1]}")
+    return int(out.stdout)
+
+
+COLUMNS = (("row", "row", "{}"), ("tokens_per_s", "tokens/s", "{:,.0f}"), ("speed_ratio", "of the first", "{:.2f}"), ("flops_per_token", "FLOP a token", "{:.2e}"),
+           ("flop_per_s", "FLOP/s", "{:.2e}"), ("flop_per_s_ratio", "of the first", "{:.2f}"), ("mfu", "MFU", "{:.1%}"), ("peak_gib", "peak GiB", "{:.2f}"),
+           ("concept_share", "concept model's time", "{:.1%}"), ("concept_flops_share", "its FLOPs", "{:.1%}"))
+
+
+def table(found, columns=COLUMNS):
+    """Dicts as a Markdown table, a row each; – where a value is missing."""
+    cells = [[title for _, title, _ in columns], ["---"] + ["---:"] * (len(columns) - 1)]
+    cells += [["–" if row.get(name) is None else form.format(row[name]) for name, _, form in columns] for row in found]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+
+def main(argv):
+    files, keys = [a for a in argv if a.endswith(".py") and not a.startswith("-")], [a for a in argv if not a.endswith(".py") or a.startswith("-")]
+    if not files and not {"--help", "-h"} & set(keys):
+        raise UserError("name config files: python bench.py config/stdlib_ntp.py config/stdlib_cocomix.py")
+    wanted = []
+    for file in files or [None]:
+        cfg, _ = config.parse(Config, ([file] if file else []) + keys, __doc__, most=0)
+        name = Path(file).stem
+        wanted.append((name, cfg, ""))
+        if train.inserted(cfg) == "concept":
+            if cfg.disk:
+                wanted.append((name, cfg, "labels from disk"))
+            if cfg.official:
+                wanted.append((name, config.replace(cfg, mix="interleave", select="attribution"), "official"))
+    device = pick_device(cfg.device)
+    if cfg.only_memory is not None:
+        row = Row(*wanted[cfg.only_memory][:2], device, wanted[cfg.only_memory][2])
+        row.step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+        return
+    peak = train.peak_flops(device)
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
+    peaks = [peak_on_cpu(argv, i) for i in range(len(wanted))] if cfg.memory and device.type == "cpu" else None
+    rows = [Row(name, cfg, device, kind) for name, cfg, kind in wanted]
+    if cfg.memory and device.type == "cuda":
+        peaks = [peak_on_gpu(row) for row in rows]
+    whole, asking = measure(rows, cfg.rounds, cfg.steps)
+    found = []
+    for i, row in enumerate(rows):
+        tokens, seconds = row.x.numel(), statistics.median(whole[i])
+        ratio = statistics.median(first / own for first, own in zip(whole[0], whole[i]))
+        found.append(dict(
+            row=row.name, method=row.cfg.method, kind=row.kind, machine=machine, torch=torch.__version__, dtype="bfloat16" if not isinstance(row.autocast, nullcontext) else "float32",
+            compiled=row.compiled is not row.model, batch_size=row.cfg.batch_size, micro_batch_size=row.micro, block_size=row.cfg.block_size, params=row.model.num_params(),
+            active_params=row.model.num_params(active=True), tokens_per_s=tokens / seconds, speed_ratio=ratio * tokens / rows[0].x.numel(), flops_per_token=row.flops,
+            flop_per_s=tokens / seconds * row.flops, flop_per_s_ratio=ratio * tokens * row.flops / (rows[0].x.numel() * rows[0].flops),
+            mfu=tokens / seconds * row.flops / peak if peak else None,
+            peak_gib=peaks[i] / 2**30 if peaks else None,
+            concept_share=statistics.median(a / b for a, b in zip(asking[i], whole[i])) if asking[i] else None,
+            concept_flops_share=row.concept_flops / row.flops if asking[i] else None, rounds=cfg.rounds, steps=cfg.steps))
+    print(f"{machine}; {cfg.rounds} rounds of {cfg.steps} step{'s' * (cfg.steps > 1)}\n\n{table(found)}")
+    if cfg.parts:
+        for row, result in zip(rows, found):
+            if row.kind == "official":
+                continue
+            result["parts"] = parts(row)
+            step = row.x.numel() / result["tokens_per_s"]
+            print(f"\n{row.name}: a step takes {step * 1e3:.1f} ms")
+            for name, seconds in sorted(result["parts"].items(), key=lambda item: -item[1]):
+                print(f"  {name:24} {seconds * 1e3:9.2f} ms {seconds / step:7.1%}")
+            print(f"  {'all of these':24} {sum(result['parts'].values()) * 1e3:9.2f} ms {sum(result['parts'].values()) / step:7.1%}")
+    if cfg.write:
+        with data.replacing(cfg.write) as file:
+            before = Path(cfg.write).read_bytes() if Path(cfg.write).is_file() else b""
+            file.write(before + b"".join(json.dumps({k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in result.items()}).encode() + b"\n" for result in found))
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import CountProducts, tiny_gpt
-from model import DISTANCES, GPT, INSERTS, MIXES, Hidden, ModelConfig, Teacher, TopK, gathered_dot, linear_cross_entropy, linear_topk, sparse_decode, sparse_outer
+from model import DISTANCES, GPT, INSERTS, MIXES, Hidden, ModelConfig, Teacher, TopK, gathered_dot, linear_cross_entropy, linear_topk, sparse_decode, sparse_outer, topk
 
 VARIANTS = [("none", "interleave")] + [(i, m) for i in INSERTS if i != "none" for m in MIXES if (i, m) != ("pause", "none")]
 
@@ -218,6 +218,17 @@ def test_the_hidden_state_is_predicted_by_the_chosen_distance_and_compressed(dis
     each = {"l1": (g - wanted).abs().mean(-1), "l2": ((g - wanted) ** 2).mean(-1), "cos": 1 - (g * wanted).sum(-1) / g.norm(dim=-1) / wanted.norm(dim=-1)}[distance]
     torch.testing.assert_close(loss, each.mean())
     assert none is None and module(h)[2] is None
+
+
+@pytest.mark.parametrize("C, k", [(32768, 32), (32768, 1), (8192, 16), (8192, 5), (10000, 32), (61, 61), (9, 4), (16384, 2000)])
+def test_topk_in_two_stages_equals_topk(C, k):
+    for z in (torch.randn(2, 3, C, dtype=torch.float64), -torch.arange(C).float().expand(1, C), torch.arange(C).float().expand(2, C).contiguous()):
+        ours, plain = topk(z, k), z.topk(k)
+        assert torch.equal(ours.values, plain.values) and torch.equal(ours.indices, plain.indices)
+    ties = torch.randint(5, (4, C)).float()
+    ours = topk(ties, k)
+    assert torch.equal(ours.values, ties.topk(k).values) and torch.equal(ties.gather(-1, ours.indices), ours.values)
+    assert all(len(set(row.tolist())) == k for row in ours.indices)
 
 
 def test_sparse_products_equal_dense_ones():

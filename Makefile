@@ -1,5 +1,6 @@
 # make demo   the whole pipeline on a laptop: data, concept model, SAE, NTP, CoCoMix, table, steering, picture
 # make ablations   every baseline and ablation of the paper at the demo's size: hours; a second call goes on
+# make books  the comparison on books (BOOKS=folder of them, SIZE=cpu or gpu): hours on a CPU; a second call goes on
 # make test   the tests, under 3 minutes after the install
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -15,6 +16,9 @@ demo: .venv/installed
 
 ablations: .venv/installed
 	$(PY) results/run.py results/stdlib-ablations
+
+books: .venv/installed
+	$(PY) results/run.py results/books-$(if $(filter gpu,$(SIZE)),h200,cpu)
 
 test: .venv/installed
 	$(PY) -m pytest -q tests -m "not slow"
@@ -34,4 +38,4 @@ test-all: .venv/installed-test
 clean:
 	rm -rf out/stdlib data/stdlib/*.bin data/stdlib/meta.json
 
-.PHONY: demo ablations test test-all clean
+.PHONY: demo ablations books test test-all clean

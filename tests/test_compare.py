@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+import config
 import eval as evaluation
+import sae
+import train
 from config import UserError, read_log
 from conftest import TINY, run
 
@@ -78,14 +81,12 @@ def test_an_experiment_runs_what_is_missing_and_keeps_logs_table_and_curves(data
     assert status == 1 and "n_embd=16 is not divisible" in err
 
 
-def test_each_row_of_the_ablations_is_a_run_that_train_accepts():
-    import config
-    import train
-    for name in ("stdlib-ablations",):
+def test_each_row_of_an_experiment_is_a_run_that_its_script_accepts():
+    for name, rows in (("stdlib-ablations", 19), ("books-cpu", 9), ("books-h200", 7)):
         e = config.read_config_file(ROOT / "results" / name / "experiment.py")
-        for row, command in e["runs"].items():
-            script, *argv = f"{command} {e['every']}".split()
-            cfg, rest = config.parse(train.Config, [str(ROOT / a) if a.startswith("config/") else a for a in argv])
-            assert script == "train.py" and not rest and train.model_config(cfg, 4096, 2048, 160), row
+        for row, command in {**e["before"], **e["runs"]}.items():
+            script, *argv = f"{command} {e['every'] if row in e['runs'] else ''}".split()
+            cfg, rest = config.parse({"train.py": train, "sae.py": sae}[script].Config, [str(ROOT / a) if a.startswith("config/") else a for a in argv])
+            assert not rest and (script == "sae.py" or train.model_config(cfg, 4096, 2048, 160)), row
         names = [experiment.file_name(row) for row in e["runs"]]
-        assert len(set(names)) == len(names) == 19
+        assert len(set(names)) == len(names) == rows

@@ -231,6 +231,20 @@ def test_without_val_every_20th_piece_is_held_out(tmp_path):
     assert decoded(tmp_path / "d", "train").count("<|endoftext|>") == 95
 
 
+def test_a_second_call_on_the_same_text_does_nothing_and_on_other_text_refuses(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(dict(text=f"document {i}.")) + "\n" for i in range(100)))
+    command = [f"--input={tmp_path / 'a.jsonl'}", "--tokenizer=stdlib", f"--out={tmp_path / 'd'}"]
+    assert run(script("text").main, *command)[0] == 0
+    before = (tmp_path / "d" / "train.bin").stat().st_mtime_ns
+    status, out, _ = run(script("text").main, *command)
+    assert status == 0 and "already prepared" in out and (tmp_path / "d" / "train.bin").stat().st_mtime_ns == before
+    for change in (lambda: command.append("--bpe_chars=2000"), lambda: (tmp_path / "a.jsonl").write_text(json.dumps(dict(text="other " * 99)) + "\n")):
+        change()
+        status, _, err = run(script("text").main, *command)
+        assert status == 1 and "holds a dataset of other files or keys" in err
+        command[3:] = []
+
+
 @pytest.mark.slow
 def test_memory_stays_flat_however_large_the_input(tmp_path):
     import subprocess

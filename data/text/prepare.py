@@ -7,7 +7,8 @@
 Reads .txt (a file is a document) and .jsonl (a line is one, its field `text`), plain, .gz or .xz, as UTF-8. The
 input is streamed: memory stays flat however large it is. Without --val every 20th piece of about 16 000
 characters is held out. bpe:N trains a tokenizer of N tokens on the input's first --bpe_chars characters; it is
-kept beside the data, its name holds a hash of its content, and another dataset can use it by its path.
+kept beside the data, its name holds a hash of its content, and another dataset can use it by its path. A second call
+with the same files (by name and size) and keys does nothing.
 """
 import gzip
 import json
@@ -118,8 +119,15 @@ def main(argv):
             raise UserError(f"{path} is a folder; name its files: {path}/*.txt" if Path(path).is_dir() else f"no input file {path}")
     if same := {Path(p).resolve() for p in cfg.input} & {Path(p).resolve() for p in cfg.val}:
         raise UserError(f"{same.pop()} is both input and val; leave --val out to hold a part of the input out")
+    asked = {split: [[Path(p).name, Path(p).stat().st_size] for p in files] for split, files in (("input", cfg.input), ("val", cfg.val))}
+    asked |= dict(tokenizer=cfg.tokenizer, bpe_chars=cfg.bpe_chars)
     if (out / "meta.json").is_file() and not cfg.force:
-        raise UserError(f"{out} holds a dataset already; --force writes over it, --out=… makes another")
+        meta = data.load_meta(out)
+        if meta.get("asked") != asked:
+            raise UserError(f"{out} holds a dataset of other files or keys; --force writes over it, --out=… makes another")
+        data.load_tokens(out, "train"), data.load_tokens(out, "val")
+        print(f"{out}: already prepared ({meta['train_tokens']:,} train tokens, {meta['val_tokens']:,} val tokens)")
+        return
     name, tokenizer = make_tokenizer(cfg)
     (out / "meta.json").unlink(missing_ok=True)
     counts = {}
@@ -130,7 +138,7 @@ def main(argv):
         raise UserError("the input holds no text")
     if counts["val"] < 2:
         raise UserError("the files for val hold no text" if cfg.val else f"the input is too short to hold a part out ({counts['train']:,} tokens); name a file: --val FILES")
-    data.write_meta(out, name, tokenizer, counts, source=[Path(p).name for p in cfg.input])
+    data.write_meta(out, name, tokenizer, counts, asked=asked)
     print(f"{out}: {counts['train']:,} train tokens, {counts['val']:,} val tokens, tokenizer {name} ({tokenizer.n_vocab} tokens)")
 
 

@@ -246,6 +246,15 @@ def load_meta(dataset):
         raise UserError(f"{path} is damaged ({type(e).__name__}: {e}); prepare the dataset again") from e
 
 
+def mapped(path, dtype, offset=0):
+    """A file from byte `offset` on as a flat array, memory-mapped, to be read at places drawn at random."""
+    with open(path, "rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):
+        content.madvise(mmap.MADV_RANDOM)  # else the disk reads 128 kB for the 2 kB of a block
+    return np.frombuffer(content, dtype, offset=offset)
+
+
 def load_tokens(dataset, split):
     """The tokens of a split, memory-mapped: (N,) uint16. UserError: missing, empty or cut short."""
     folder, meta = dataset_dir(dataset), load_meta(dataset)
@@ -255,11 +264,7 @@ def load_tokens(dataset, split):
     size = path.stat().st_size
     if size != 2 * expected or size == 0:
         raise UserError(f"{path} has {size} bytes but meta.json says {2 * expected}: cut short or damaged; prepare the dataset again")
-    with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_RANDOM"):
-        mapped.madvise(mmap.MADV_RANDOM)  # blocks are drawn at random: reading ahead would fetch 128 kB for the 2 kB that are wanted
-    return np.frombuffer(mapped, dtype="<u2")
+    return mapped(path, "<u2")
 
 
 def tokens_of_run(content, split):

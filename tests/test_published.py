@@ -172,7 +172,7 @@ def test_unprepared_and_offline_each_next_command_is_named_in_one_line(cache, of
     path = cache / "cache" / "sae-openai-layer5.pt"
     assert "the SAE can't be fetched" in line and "run python concepts.py --download" in line and f"here by hand as {path}" in line
 
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     torch.save(published(), path)
     started = []
     monkeypatch.setattr(train, "GPT", lambda config: started.append(config) or (_ for _ in ()).throw(UserError("here it would train")))

@@ -198,6 +198,7 @@ def test_only_matrices_and_embeddings_decay(chain):
     assert {"wte.weight", "wpe.weight", "inserted.compress", "inserted.predict.weight"} <= {names[id(p)] for p in decayed["params"]}
     assert all("bias" in names[id(p)] or "ln_" in names[id(p)] for p in others["params"])
     assert len(decayed["params"]) + len(others["params"]) == len(names)
+    assert [g["weight_decay"] for g in train.make_optimizer(model, train.Config(decay_all=True), torch.device("cpu")).param_groups] == [0.1, 0.1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -2,6 +2,7 @@
 
     python bench.py config/stdlib_ntp.py config/stdlib_cocomix.py           # tokens/s side by side
     python bench.py config/ntp_69m.py config/cocomix_69m.py --disk --official --batch_size=2 --block_size=256
+    python bench.py --count config/*_69m.py config/*_1b.py                  # parameters and FLOPs alone, from the shapes
 
 Steps of all rows alternate in one process, so that a slow minute of the machine slows them alike; figures are medians over
 the rounds, ratios are those of each round. FLOPs are counted at their minimum (only active concepts, only gradients that are
@@ -10,7 +11,8 @@ product that needn't be. GPT-2 and its SAE are not fetched: random weights of th
 
 --disk adds, to each CoCoMix, a row whose labels are known (from disk); --official one with the official code's recipe done
 plainly: float32, dense attribution over all C, dense TopK mask, dense compress product, four separate cross-entropies,
-gradients for all the concept model's weights. --parts times the pieces of each row's step, alone.
+gradients for all the concept model's weights. --parts times the pieces of each row's step, alone. --count runs nothing;
+GPU hours stand in its table where results/bench-h200.jsonl (written with --write) has a config's tokens/s.
 """
 import json
 import platform
@@ -34,9 +36,12 @@ from config import UserError, key
 from model import GPT, ModelConfig, linear_cross_entropy, linear_topk, pick_device, sparse_decode
 from sae import SAE, hidden_states, normalize
 
+MEASURED = Path(__file__).resolve().parent / "results" / "bench-h200.jsonl"
+
 
 @dataclass(frozen=True)
 class Config(train.Config):
+    count: bool = key(False, "only count parameters and FLOPs")
     rounds: int = key(5, "times that each row has its turn", low=1)
     steps: int = key(1, "steps a turn", low=1)
     disk: bool = key(False, "for each CoCoMix also a row with labels from disk")
@@ -53,10 +58,37 @@ def concept_model_of(cfg, device):
     if target in ("none", "pause") and not method.taught:
         return None
     if cfg.concept_model != "gpt2":
-        return load_concept_model(cfg, device, target, method.taught)[0]
-    gpt = GPT(ModelConfig(vocab_size=50257)).to(device).eval().requires_grad_(False)
-    sae = SAE(gpt.config.n_embd, 32768, 32).to(device).eval().requires_grad_(False) if target == "concept" else None
+        return load_concept_model(cfg, torch.device("cpu") if device.type == "meta" else device, target, method.taught)[0]
+    with device:
+        gpt = GPT(ModelConfig(vocab_size=50257)).eval().requires_grad_(False)
+        sae = SAE(gpt.config.n_embd, 32768, 32).eval().requires_grad_(False) if target == "concept" else None
     return ConceptModel(gpt, sae, cfg.concept_layer, cfg.attr_k, cfg.select, cfg.attribution, cfg.attribution_sign, target, method.taught, uses_bf16(cfg.dtype, device))
+
+
+def make_models(cfg, device):
+    """A run's (GPT, ConceptModel or None), with random weights; on the meta device, shapes without memory."""
+    try:
+        vocab_size = data.load_meta(cfg.dataset)["vocab_size"]
+    except UserError:
+        vocab_size = 50257
+    concept_model = concept_model_of(cfg, device)
+    n_concepts = hidden_size = 0
+    if concept_model is not None:
+        vocab_size, hidden_size = concept_model.gpt.config.vocab_size, concept_model.gpt.config.n_embd
+        n_concepts = len(concept_model.sae.encoder) if concept_model.sae else 0
+    with device:
+        return GPT(train.model_config(cfg, vocab_size, n_concepts, hidden_size)), concept_model
+
+
+def count(name, cfg):
+    """A row of --count: parameters, FLOPs a training token, tokens, and hours on one H200 where its tokens/s are known."""
+    model, concept_model = make_models(cfg, torch.device("meta"))
+    asked = concept_model is not None and (concept_model.teaches or cfg.concept_weight > 0)
+    tokens = cfg.max_tokens or cfg.max_iters * cfg.batch_size * cfg.block_size
+    speeds = {line["row"]: line["tokens_per_s"] for line in config.read_log(MEASURED)} if MEASURED.is_file() else {}
+    return dict(row=name, shape=f"{cfg.n_layer} × {cfg.n_embd}", active_params=model.num_params(active=True) / 1e6, params=model.num_params() / 1e6,
+                flops=model.flops_per_token() / 1e6, concept_flops=concept_model.flops_per_token(cfg.block_size) / 1e6 if asked else None,
+                tokens=tokens / 1e9, hours=f"{tokens / speeds[name] / 3600:,.0f}" if name in speeds else "not measured")
 
 
 class Row:
@@ -65,15 +97,8 @@ class Row:
         torch.manual_seed(0)
         self.name, self.cfg, self.device, self.kind = name + (f", {kind}" if kind else ""), cfg, device, kind
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        try:
-            vocab_size = data.load_meta(cfg.dataset)["vocab_size"]
-        except UserError:
-            vocab_size = 50257
-        self.concept_model = concept_model_of(cfg, device)
-        if self.concept_model is not None:
-            vocab_size = self.concept_model.gpt.config.vocab_size
-        n_concepts = len(self.concept_model.sae.encoder) if self.concept_model and self.concept_model.sae else 0
-        self.model = GPT(train.model_config(cfg, vocab_size, n_concepts, self.concept_model.gpt.config.n_embd if self.concept_model else 0)).to(device)
+        self.model, self.concept_model = make_models(cfg, device)
+        vocab_size, n_concepts = self.model.config.vocab_size, self.model.config.n_concepts
         self.micro = train.micro_batch(cfg, device)
         self.x, self.y = torch.randint(vocab_size, (2, cfg.batch_size, cfg.block_size), device=device)
         self.labels = torch.randint(max(1, n_concepts), (cfg.batch_size, cfg.block_size, cfg.attr_k), device=device) if kind == "labels from disk" else None
@@ -283,6 +308,9 @@ COLUMNS = (("row", "row", "{}"), ("tokens_per_s", "tokens/s", "{:,.0f}"), ("spee
            ("flop_per_s", "FLOP/s", "{:.2e}"), ("flop_per_s_ratio", "of the first", "{:.2f}"), ("mfu", "MFU", "{:.1%}"), ("peak_gib", "peak GiB", "{:.2f}"),
            ("concept_share", "concept model's time", "{:.1%}"), ("concept_flops_share", "its FLOPs", "{:.1%}"))
 
+COUNTED = (("row", "config", "{}"), ("shape", "blocks × width", "{}"), ("active_params", "active, M", "{:,.1f}"), ("params", "parameters, M", "{:,.1f}"), ("flops", "MFLOP a token", "{:,.0f}"),
+           ("concept_flops", "concept model's", "{:,.0f}"), ("tokens", "tokens, B", "{:g}"), ("hours", "hours on one H200", "{}"))
+
 
 def table(found, columns=COLUMNS):
     """Dicts as a Markdown table, a row each; – where a value is missing."""
@@ -305,6 +333,9 @@ def main(argv):
                 wanted.append((name, cfg, "labels from disk"))
             if cfg.official:
                 wanted.append((name, config.replace(cfg, mix="interleave", select="attribution"), "official"))
+    if cfg.count:
+        print(table([count(name, cfg) for name, cfg, kind in wanted if not kind], COUNTED))
+        return
     device = pick_device(cfg.device)
     if cfg.only_memory is not None:
         row = Row(*wanted[cfg.only_memory][:2], device, wanted[cfg.only_memory][2])

@@ -3,6 +3,7 @@
     python concepts.py out/stdlib/cocomix                            # the concepts a run was trained with: how often, on what
     python concepts.py out/stdlib/cocomix --weights                  # how much the model uses each concept it predicts
     python concepts.py config/stdlib_cocomix.py --write_labels       # make the labels of all train tokens once, for train.py --labels=disk
+    python concepts.py --download                                    # fetch GPT-2 and its published SAE ahead of a training
 
 For tokens and their targets, with h the hidden state after block concept_layer:
 
@@ -26,8 +27,8 @@ import torch
 
 import data
 from config import UserError, key
-from model import RUN, Teacher, TopK, gathered_dot, linear_cross_entropy, load_checkpoint, load_gpt, load_model, pick_device
-from sae import check_layer, hidden_states, load_sae, model_hash, normalize
+from model import RUN, Teacher, TopK, fetch_gpt2, gathered_dot, linear_cross_entropy, load_checkpoint, load_gpt, load_model, pick_device
+from sae import SIZES, check_layer, fetch_sae, hidden_states, load_sae, model_hash, normalize
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ def open_labels(concept_model, keys):
     if found != header:
         other = ", ".join(name for name in header if found.get(name) != header[name])
         raise UserError(f"{path} holds the labels of another {other}; remove it and {remedy}")
-    return np.memmap(path, header["dtype"], "r", HEADER, tuple(header["shape"]))
+    return data.mapped(path, header["dtype"], HEADER).reshape(header["shape"])
 
 
 def write_labels(concept_model, keys, vocab_size, device):
@@ -264,6 +265,7 @@ class Config(LabelKeys):
     weights: bool = key(False, "the lengths of the compress matrix's columns (Figure 6c)")
     plot: str | None = key(None, "--weights: draw them into this .png, .svg or .pdf")
     write_labels: bool = key(False, "make the labels of all train tokens, as a config file of train.py (and keys over it) says")
+    download: bool = key(False, "fetch GPT-2 and the published SAE of --concept_layer, and say where they lie")
 
 
 def use(concept_model, content, tokens, device):
@@ -304,6 +306,12 @@ def show_weights(norms, plot=None, bins=20, unused=1e-2):
 def main(argv):
     cfg, rest = config.parse(Config, argv, __doc__, most=1, files="shared")
     config.picture_path(cfg.plot)
+    if cfg.download:
+        if cfg.sae not in SIZES:
+            raise UserError(f"sae={cfg.sae!r} is not fetched: expected {' or '.join(SIZES)}")
+        print(f"GPT-2: {fetch_gpt2()}")
+        print(f"its SAE: {fetch_sae(cfg.sae, cfg.concept_layer)}")
+        return
     device = pick_device(cfg.device)
     if cfg.write_labels:
         if rest:

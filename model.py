@@ -675,7 +675,7 @@ def load_gpt(name, device="cpu"):
     folder = Path(name)
     weights = next((folder / f for f in ("pytorch_model.bin", "model.safetensors") if (folder / f).is_file()), folder)
     if name == "gpt2" and not folder.exists():
-        weights = Path(_from_hub("openai-community/gpt2", "pytorch_model.bin"))
+        weights = fetch_gpt2()
     if weights.name == "ckpt.pt" or weights.suffix not in (".bin", ".safetensors"):
         if name.startswith("gpt2-") and not folder.exists():
             raise UserError(f"concept_model={name!r}: only gpt2 is fetched by name; bring its files and name their folder")
@@ -686,18 +686,25 @@ def load_gpt(name, device="cpu"):
     return model.requires_grad_(False), tokenizer
 
 
-def _from_hub(repo, file):
+def fetch_gpt2():
+    """The path of GPT-2 124M's weights, fetched from the hub unless they are in its cache. UserError: no network, with
+    what to do by hand."""
     try:
         import logging
 
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news; what fails is said below
     except ImportError as e:
-        raise UserError(f"fetching {repo} needs huggingface_hub: pip install datasets") from e
+        raise UserError("fetching GPT-2 needs huggingface_hub: pip install datasets") from e
+    file = "openai-community/gpt2", "pytorch_model.bin"
+    if isinstance(cached := try_to_load_from_cache(*file), str):
+        return Path(cached)
     try:
-        return hf_hub_download(repo, file)
-    except Exception as e:  # offline it raises one of many kinds
-        raise UserError(f"{repo} can't be fetched ({type(e).__name__}); with no network, bring its {file} here and name its folder: --concept_model=FOLDER") from e
+        get_hf_file_metadata(hf_hub_url(*file))  # with no network it fails at once; the download would try for half a minute
+        return Path(hf_hub_download(*file))
+    except Exception as e:  # one of many kinds
+        raise UserError(f"GPT-2 can't be fetched ({type(e).__name__}); run python concepts.py --download where there is a network, or bring "
+                        "pytorch_model.bin of openai-community/gpt2 and name its folder: --concept_model=FOLDER") from e
 
 
 def _read_weights(path):

@@ -12,6 +12,7 @@ standard deviation over its features:
 Files are in the layout of the published SAEs (openai/sparse_autoencoder): those load here, ours load there.
 Beside sae.pt a run leaves sae.json (what it was trained on, and how well it does), log.jsonl and sae_ckpt.pt.
 """
+import http.client
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from config import UserError, key
 from model import (TopK, linear_cross_entropy, linear_topk, load_checkpoint, load_gpt, pick_device, read_tensors, save_checkpoint, sparse_decode)
 
 PUBLISHED = "https://openaipublic.blob.core.windows.net/sparse-autoencoder/gpt2-small/resid_post_mlp_v5_{size}/autoencoders/{layer}.pt"
+SIZES = {"openai": ("32k", 32768), "openai_128k": ("128k", 131072)}  # as its address says it, n_concepts; for GPT-2 124M, 12 layers of width 768
 
 
 def normalize(h):
@@ -114,8 +116,8 @@ def load_sae(name, layer, d, device="cpu", gpt=None):
     d: the width its hidden states must have. UserError: missing, damaged, of another width or another layer, or one
     of ours that was trained on another model than gpt.
     """
-    if name in ("openai", "openai_128k"):
-        path = download(PUBLISHED.format(size=name.removeprefix("openai").lstrip("_") or "32k", layer=layer), f"sae-{name}-layer{layer}.pt")
+    if name in SIZES:
+        path = fetch_sae(name, layer)
     else:
         path = Path(name) / "sae.pt" if Path(name).is_dir() else Path(name)
         if not path.is_file():
@@ -141,24 +143,43 @@ def read_info(path):
         raise UserError(f"{path} is damaged; train the SAE again") from e
 
 
-def download(url, name):
-    """Fetch url to the cache folder ($COCOMIX_CACHE, else ~/.cache/cocomix) unless it is there; its path.
-    It lands whole or not at all. UserError: no network, with the place to put the file by hand."""
-    path = Path(os.environ.get("COCOMIX_CACHE", Path.home() / ".cache" / "cocomix")) / name
+def fetch_sae(name, layer):
+    """The path of a published SAE in the cache folder ($COCOMIX_CACHE, else ~/.cache/cocomix), fetched unless it is there.
+
+    It lands whole and of the right shape, or not at all. UserError: no such layer; no network, with the place to put
+    the file by hand; something else came.
+    """
+    if not 0 <= layer < 12:
+        raise UserError(f"sae={name!r} is published for the 12 layers of GPT-2 124M: concept_layer={layer} is not from 0 to 11")
+    size, n_concepts = SIZES[name]
+    url, path = PUBLISHED.format(size=size, layer=layer), Path(os.environ.get("COCOMIX_CACHE", Path.home() / ".cache" / "cocomix")) / f"sae-{name}-layer{layer}.pt"
     if path.is_file():
         return path
-    try:
-        with urllib.request.urlopen(url, timeout=30) as answer, data.replacing(path) as file:
-            size = int(answer.headers.get("Content-Length") or 0)
-            with config.progress(size or None, name, "B", unit_scale=True) as bar:
-                while piece := answer.read(1 << 20):
-                    file.write(piece)
-                    bar.update(len(piece))
-            if size and file.tell() != size:
-                raise OSError(f"{file.tell()} of {size} bytes came")
-    except (OSError, ValueError) as e:
-        raise UserError(f"{url} can't be fetched ({e}); with no network, bring the file here by hand as {path}") from e
+    remedy = f"run python concepts.py --download where there is a network, or bring {url} here by hand as {path}"
+    with data.replacing(path) as file:
+        for piece in download(url, path.stem, remedy):
+            file.write(piece)
+        file.flush()
+        shape = tuple(SAE.from_published(read_tensors(file.name, f"the SAE of {url}"), url).encoder.shape)
+        if shape != (n_concepts, 768):
+            raise UserError(f"{url} gave an SAE of shape {shape}; ({n_concepts}, 768) was expected; {remedy}")
     return path
+
+
+def download(url, name, remedy):
+    """Yield what is behind url a megabyte at a time. UserError: no network, nothing there, or cut short; the remedy is said."""
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            length, count = int(answer.headers.get("Content-Length") or 0), 0
+            with config.progress(length or None, name, "B", unit_scale=True) as bar:
+                while piece := answer.read(1 << 20):
+                    yield piece
+                    count += len(piece)
+                    bar.update(len(piece))
+            if length and count != length:
+                raise OSError(f"{count} of {length} bytes came")
+    except (OSError, ValueError, http.client.HTTPException) as e:
+        raise UserError(f"the SAE can't be fetched ({type(e).__name__}: {e}); {remedy}") from e
 
 
 # ---------------------------------------------------------------------------------------------------

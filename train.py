@@ -54,6 +54,7 @@ class Config(LabelKeys):  # the keys that choose data and labels stand in concep
     min_lr: float | None = key(None, "at the end of the cosine (none: a tenth of the peak)", low=0)
     warmup_iters: int | None = key(None, "steps of linear warm-up (none: 1/300 of the run)", low=0)
     weight_decay: float = key(0.1, "of matrices and embeddings", low=0)
+    decay_all: bool = key(False, "weight decay of biases and LayerNorms, too, as the official code has it")
     beta1: float = key(0.9, "of AdamW", low=0, high=0.9999)
     beta2: float = key(0.95, "of AdamW", low=0, high=0.9999)
     grad_clip: float = key(1.0, "largest norm of the gradient; 0: no clipping", low=0)
@@ -113,10 +114,10 @@ def learning_rate(cfg, step):
 
 
 def make_optimizer(model, cfg, device):
-    """AdamW, decay on matrices and embeddings (dim ≥ 2) only; fused where there is one."""
+    """AdamW, decay on matrices and embeddings (dim ≥ 2) only, unless decay_all; fused where there is one."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=cfg.weight_decay),
-              dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)]
+              dict(params=[p for p in parameters if p.dim() < 2], weight_decay=cfg.weight_decay if cfg.decay_all else 0.0)]
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=device.type in ("cpu", "cuda"))
 
 

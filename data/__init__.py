@@ -12,6 +12,7 @@ the step, and a run may go on with another number of processes.
 import base64
 import hashlib
 import json
+import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,7 +45,7 @@ def load_tokenizer(name):
             return tiktoken.get_encoding("gpt2")
         except Exception as e:  # requests' errors, by whatever name
             raise UserError(f"GPT-2's tokenizer can't be fetched ({type(e).__name__}); with no network, set TIKTOKEN_CACHE_DIR "
-                            "to a folder that tiktoken filled on another machine, or prepare with --tokenizer=bpe:4096") from e
+                            "to a folder that tiktoken filled on another machine, or take a .tiktoken file (data/text/prepare.py --tokenizer=bpe:4096 makes one)") from e
     path = ROOT / "stdlib" / "bpe.tiktoken" if name == "stdlib" else Path(name)
     if not path.is_file() and not path.is_absolute():
         path = ROOT.parent / path
@@ -185,32 +186,33 @@ def write_tokens(path, pieces, tokenizer, bar=None):
     """
     if tokenizer.n_vocab > 1 << 16:
         raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens; the files hold at most 65536 (uint16)")
-    total, texts, ends, chars = 0, [], [], 0
-    with replacing(path) as file:
+
+    def encode(some):  # in a thread: the tokenizer lets the others run meanwhile
+        try:
+            return b"".join(np.array(tokenizer.encode_ordinary(text) + [tokenizer.eot_token] * end, dtype="<u2").tobytes() for text, end in some)
+        except BaseException as e:
+            if type(e).__name__ != "PanicException":  # tiktoken's, no Exception
+                raise
+            raise UserError(f"the tokenizer {tokenizer.name} gave up on a piece of the text, such as a very long run of spaces; clean it ({e})") from None
+
+    waiting, chars = [], 0
+    with replacing(path) as file, ThreadPoolExecutor(os.cpu_count()) as pool:
         def flush():
-            nonlocal total, chars
-            try:
-                encoded = tokenizer.encode_ordinary_batch(texts, num_threads=os.cpu_count())
-            except BaseException as e:
-                if type(e).__name__ != "PanicException":  # tiktoken's, no Exception
-                    raise
-                raise UserError(f"the tokenizer {tokenizer.name} gave up on a piece of the text, such as a very long run of spaces; clean it ({e})") from None
-            for ids, end in zip(encoded, ends):
-                ids = np.array(ids + [tokenizer.eot_token] * end, dtype="<u2")
-                file.write(ids.tobytes())
-                total += len(ids)
+            nonlocal chars
+            some = max(1, len(waiting) // (8 * os.cpu_count()))  # pieces for a thread at once
+            for ids in pool.map(encode, [waiting[i:i + some] for i in range(0, len(waiting), some)]):
+                file.write(ids)
             if bar is not None:
                 bar.update(chars)
-            texts.clear(), ends.clear()
+            waiting.clear()
             chars = 0
-        for text, end in pieces:
-            texts.append(text)
-            ends.append(end)
-            chars += len(text)
+        for piece in pieces:
+            waiting.append(piece)
+            chars += len(piece[0])
             if chars > WRITE_CHARS:
                 flush()
         flush()
-    return total
+        return file.tell() // 2
 
 
 def write_meta(folder, tokenizer_name, tokenizer, counts, **more):
@@ -244,6 +246,15 @@ def load_meta(dataset):
         raise UserError(f"{path} is damaged ({type(e).__name__}: {e}); prepare the dataset again") from e
 
 
+def mapped(path, dtype, offset=0):
+    """A file from byte `offset` on as a flat array, memory-mapped, to be read at places drawn at random."""
+    with open(path, "rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):
+        content.madvise(mmap.MADV_RANDOM)  # else the disk reads 128 kB for the 2 kB of a block
+    return np.frombuffer(content, dtype, offset=offset)
+
+
 def load_tokens(dataset, split):
     """The tokens of a split, memory-mapped: (N,) uint16. UserError: missing, empty or cut short."""
     folder, meta = dataset_dir(dataset), load_meta(dataset)
@@ -253,7 +264,7 @@ def load_tokens(dataset, split):
     size = path.stat().st_size
     if size != 2 * expected or size == 0:
         raise UserError(f"{path} has {size} bytes but meta.json says {2 * expected}: cut short or damaged; prepare the dataset again")
-    return np.memmap(path, dtype="<u2", mode="r")
+    return mapped(path, "<u2")
 
 
 def tokens_of_run(content, split):

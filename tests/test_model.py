@@ -318,6 +318,8 @@ def test_gpt2_equals_transformers(tmp_path):
     for p in theirs.parameters():
         torch.nn.init.normal_(p, std=0.1)
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
-    ours, _ = load_gpt(str(tmp_path))
+    theirs.save_pretrained(tmp_path / "folder")  # model.safetensors
     idx = torch.randint(211, (2, 32))
-    torch.testing.assert_close(ours(idx).logits, theirs(idx).logits, atol=1e-4, rtol=1e-4)
+    for folder in (tmp_path, tmp_path / "folder"):
+        ours, _ = load_gpt(str(folder))
+        torch.testing.assert_close(ours(idx).logits, theirs(idx).logits, atol=1e-4, rtol=1e-4)

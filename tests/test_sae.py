@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import sae as sae_module
-from config import UserError, read_log
+from config import read_log
 from conftest import run
 from sae import SAE, geometric_median, initialize, load_sae, losses, normalize, project_gradient_, variance_share
 
@@ -95,21 +95,6 @@ def test_file_round_trip_in_the_published_layout(tmp_path):
     again = load_sae(str(tmp_path / "5.pt"), layer=5, d=12)
     h = torch.randn(7, 12)
     assert torch.equal(again(h)[0], sae(h)[0]) and torch.equal(again.frequency, sae.frequency)
-
-
-def test_published_file_is_fetched_once_and_offline_ends_in_one_line(tmp_path, monkeypatch):
-    """The download's real path, on a file of the published layout behind a file:// address."""
-    sae = make().float()
-    torch.save(sae.published(), tmp_path / "6.pt")
-    monkeypatch.setenv("COCOMIX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sae_module, "PUBLISHED", f"file://{tmp_path}/{{layer}}.pt?{{size}}".replace("?{size}", ""))
-    loaded = load_sae("openai", layer=6, d=12)
-    assert torch.equal(loaded.encoder, sae.encoder)
-    (tmp_path / "6.pt").unlink()
-    load_sae("openai", layer=6, d=12)  # from the cache
-    with pytest.raises(UserError, match="bring the file here by hand as .*sae-openai-layer7.pt"):
-        load_sae("openai", layer=7, d=12)
-    assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
 def test_training_lowers_fvu_and_reports(chain):

@@ -16,7 +16,7 @@ import eval as evaluation
 import sample
 import train
 from config import read_log
-from conftest import TINY, run
+from conftest import TINY, make_dataset, run
 from model import load_checkpoint, load_model
 
 ROOT = Path(train.__file__).resolve().parent
@@ -75,6 +75,23 @@ def test_methods_differ_by_their_own_terms_alone(chain, dataset, tmp_path):
         a, b = weights(*a), weights(*b)
         for name in a:
             torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["cocomix", "kd"])
+@pytest.mark.parametrize("shape", [["--n_layer=4", "--n_embd=24", "--n_head=3"], ["--n_layer=2", "--n_embd=8", "--n_head=1", "--block_size=16"]], ids=["weak-to-strong", "strong-to-weak"])
+def test_any_run_teaches_a_student_of_another_shape_on_other_text(chain, tmp_path, method, shape):
+    """By keys alone: a student larger or smaller than its concept model, on a dataset that this has not seen."""
+    other = make_dataset(tmp_path / "other", seed=9)
+    teaching = load_checkpoint(chain["gpt"])
+    assert other != teaching["train_config"]["dataset"] and teaching["model_config"]["n_layer"] == 3 and teaching["model_config"]["n_embd"] == 16
+    status, _, err = run(train.main, *argv(other, tmp_path / "run", *cocomix(chain), f"--method={method}", *shape))
+    assert status == 0, err
+    lines = read_log(tmp_path / "run" / "log.jsonl")
+    guided = [line["concept_loss" if method == "cocomix" else "kl"] for line in lines if "loss" in line]
+    assert len(guided) == 8 and all(0 < value < 10 for value in guided)
+    status, _, err = run(evaluation.main, tmp_path / "run", "--device=cpu", "--tokens=500", f"--write={tmp_path / 'r.jsonl'}")
+    assert status == 0, err
+    assert ("hit_rate" in json.loads((tmp_path / "r.jsonl").read_text())) == (method == "cocomix")
 
 
 class StopAt:
@@ -181,6 +198,7 @@ def test_only_matrices_and_embeddings_decay(chain):
     assert {"wte.weight", "wpe.weight", "inserted.compress", "inserted.predict.weight"} <= {names[id(p)] for p in decayed["params"]}
     assert all("bias" in names[id(p)] or "ln_" in names[id(p)] for p in others["params"])
     assert len(decayed["params"]) + len(others["params"]) == len(names)
+    assert [g["weight_decay"] for g in train.make_optimizer(model, train.Config(decay_all=True), torch.device("cpu")).param_groups] == [0.1, 0.1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -9,6 +9,7 @@ package datasets), in the permutation's order. The others keep the hub's order; 
 """
 import math
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -133,7 +134,8 @@ def prepared(out, cfg):
 
 
 def prepare(argv, doc, folder, hub, documents):
-    """The command of a prepare.py: its arguments, docstring and folder; the dataset's hf:// address and how many documents it has."""
+    """The command of a prepare.py: its arguments, docstring and folder; the dataset's hf:// address and how many documents it
+    has. Returns the exit status (None: done)."""
     cfg, _ = config.parse(Config, argv, doc, most=0, files=False)
     out, source = Path(cfg.out or folder), cfg.source or hub
     meta = None if cfg.force else prepared(out, cfg)
@@ -161,9 +163,13 @@ def prepare(argv, doc, folder, hub, documents):
         raise UserError(f"{out} is on a disk with {free / 1e9:.1f} GB free; {need / 1e9:.1f} GB are needed there, half of them at the end; free some space, or choose another folder: --out=…")
 
     (out / "meta.json").unlink(missing_ok=True)
-    with config.progress(n, "encode", "doc", initial=n - sum(files[i].rows for i in left), unit_scale=True) as bar:
-        for i in left:
-            encode(files[i], set(held_out.tolist()), train[i], val[i], tokenizer, bar)
+    try:
+        with config.progress(n, "encode", "doc", initial=n - sum(files[i].rows for i in left), unit_scale=True) as bar:
+            for i in left:
+                encode(files[i], set(held_out.tolist()), train[i], val[i], tokenizer, bar)
+    except KeyboardInterrupt:
+        print(f"\nstopped; {sum(part.is_file() for part in val)} of {len(files)} files are done, the same command goes on from there", file=sys.stderr)
+        return 130
     counts = dict(train=join(train, out / "train.bin"), val=join_val(val, out / "val.bin", held_out, tokenizer.eot_token))
     data.write_meta(out, cfg.tokenizer, tokenizer, counts, source=source, source_hash=digest, num_docs=cfg.num_docs, documents=n, val_documents=len(held_out))
     for done in out.glob("parts-*"):  # these, and those of an attempt with other keys

@@ -83,7 +83,8 @@ def test_what_was_stopped_goes_on_and_gives_the_same_files(small, tmp_path, monk
         parts.append(path)
         return keep(path, some(), tokenizer, bar)
     monkeypatch.setattr(data, "write_tokens", stopped)
-    assert prepare(small, tmp_path / "again", "--num_docs=300")[0] == 130
+    status, _, err = prepare(small, tmp_path / "again", "--num_docs=300")
+    assert status == 130 and f"stopped; {stop_after} of 3 files are done, the same command goes on" in err
     assert not (tmp_path / "again/meta.json").exists() and len(list((tmp_path / "again").glob("parts-*/val-*.bin"))) == stop_after
     monkeypatch.setattr(data, "write_tokens", lambda path, *more: (parts.append(path), keep(path, *more))[1])
     parts.clear()

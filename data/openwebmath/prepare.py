@@ -16,7 +16,7 @@ from data import hub
 
 
 def main(argv):
-    hub.prepare(argv, __doc__, Path(__file__).resolve().parent, "hf://datasets/open-web-math/open-web-math", documents=6_315_233)
+    return hub.prepare(argv, __doc__, Path(__file__).resolve().parent, "hf://datasets/open-web-math/open-web-math", documents=6_315_233)
 
 
 if __name__ == "__main__":

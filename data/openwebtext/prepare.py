@@ -16,7 +16,7 @@ from data import hub
 
 
 def main(argv):
-    hub.prepare(argv, __doc__, Path(__file__).resolve().parent, "hf://datasets/Skylion007/openwebtext", documents=8_013_769)
+    return hub.prepare(argv, __doc__, Path(__file__).resolve().parent, "hf://datasets/Skylion007/openwebtext", documents=8_013_769)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python data/openwebmath/prepare.py --num_docs=20000    # a small try: the first documents only
     python data/openwebmath/prepare.py --source=FOLDER     # with no network: from the hub's parquet files, brought by hand
 
-Streams about 27 GB from the hub and needs about 60 GB of disk, about 30 GB at the end (--out=FOLDER takes another
+Streams up to 27 GB from the hub and needs about 60 GB of disk, about 30 GB at the end (--out=FOLDER takes another
 disk; train with --dataset=FOLDER then). It can be stopped at any time: the same command goes on. See data/hub.py.
 """
 import sys

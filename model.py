@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from config import UserError
 from data import replacing
@@ -437,7 +438,7 @@ def mix(h, c, how):
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.checkpoint_blocks = config, False
         padded = -(-config.vocab_size // 64) * 64  # to a multiple of 64: nicer tiles
         self.wte = nn.Embedding(padded, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -472,7 +473,10 @@ class GPT(nn.Module):
                 c, concepts, concept_loss = self.inserted(x, labels, scale)
                 x = mix(x, c, config.mix)  # (B, 2T, d) if interleaved
             queries = slice(1, None, 2) if config.interleaved and i == config.n_layer - 1 else None
-            x = self.h[i](x, queries, None if cache is None else cache[i])
+            if self.checkpoint_blocks and torch.is_grad_enabled():  # only its input is kept; the backward runs it again
+                x = checkpoint(self.h[i], x, queries, use_reentrant=False)
+            else:
+                x = self.h[i](x, queries, None if cache is None else cache[i])
         return x, concepts, concept_loss
 
     def forward(self, idx, targets=None, labels=None, scale=None, teacher=None, kd_weight=0.0):
@@ -521,6 +525,22 @@ class GPT(nn.Module):
         if c.insert == "hidden":
             flops += 2 * 4 * d * (d + c.hidden_size) + (2 * d * c.hidden_size if c.mix != "none" else 0)
         return flops * (3 if backward else 1)
+
+    def activation_bytes(self, tokens, start=0, bf16=True):
+        """Bytes at the peak of training on `tokens` tokens through the blocks from `start` on, gradients and optimizer
+        left out: an estimate from above.
+
+        A position in a block holds 36 d bytes until the backward under bfloat16 autocast: the residual stream twice in
+        float32, then 14 d numbers for the matrix products (two LayerNorms, q, k, v, attention, GELU before and after).
+        With checkpoint_blocks it holds its float32 input. Three positions more stand for the heads, the insertion and
+        the block in which the backward is; then a chunk of logits.
+        """
+        c, d = self.config, self.config.n_embd
+        positions = sum(2 if c.interleaved and i >= c.insert_layer else 1 for i in range(start, c.n_layer))
+        block = d * (8 + 14 * (2 if bf16 else 4))
+        width = max(c.vocab_size, c.n_concepts if c.insert == "concept" else 0)
+        chunk = min(tokens, chunk_rows(self.wte.weight.device, width)) * width
+        return tokens * ((4 * d if self.checkpoint_blocks else block) * positions + 3 * block) + 12 * chunk
 
     # -- generation ---------------------------------------------------------------------------------
 

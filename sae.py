@@ -396,7 +396,7 @@ def main(argv):
             if saving:
                 save()
             if stopping:
-                return stop.leave(checkpoint, step)
+                return stop.leave(stopping, checkpoint, step)
     val = data.load_tokens(cfg.dataset, "val")[:cfg.eval_tokens + 1]
     info = dict(concept_model=cfg.concept_model, concept_model_hash=model_hash(gpt), concept_layer=cfg.concept_layer, dataset=cfg.dataset, n_concepts=cfg.n_concepts, k=cfg.k,
                 tokens=steps * cfg.batch_size, seconds=round(seconds, 1), dead_tokens=dead_tokens,

@@ -21,6 +21,7 @@ import re
 import runpy
 import signal
 import sys
+import time
 import types
 import typing
 from pathlib import Path
@@ -29,10 +30,14 @@ from tqdm import tqdm
 
 replace = dataclasses.replace  # a copy of a config with other values
 
+# Which of torchrun's processes this is, of all and on this machine. The first one writes and speaks.
+RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+
 
 def _leave(number, _):
     """Ctrl-C while a script of ours still imports its libraries, which would print a traceback or swallow it."""
-    os.write(2, b"stopped\n")
+    if not RANK:
+        os.write(2, b"stopped\n")
     os._exit(128 + number)
 
 
@@ -43,6 +48,10 @@ if _main and Path(_main).resolve().is_relative_to(Path(__file__).resolve().paren
 
 class UserError(Exception):
     """Something a person can mend: one line that says what is wrong, with which value, and the remedy."""
+
+
+class Lost(UserError):
+    """Another process of the run has ended, and says itself why."""
 
 
 def key(default, meaning, low=None, high=None, bare=None, follows=None):
@@ -226,10 +235,14 @@ def run(main):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows a ? for it
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
     try:
         status = main(sys.argv[1:])
     except (UserError, OSError, MemoryError, RuntimeError) as e:
         memory = isinstance(e, MemoryError) or isinstance(e, RuntimeError) and re.search("out of memory|can't allocate memory", str(e))
+        if LOCAL_RANK or isinstance(e, Lost):
+            time.sleep(5)  # what ends all processes is said once: torchrun stops this one before it can say it again
         if "--debug" in sys.argv or isinstance(e, RuntimeError) and not memory:
             raise
         if memory:
@@ -246,7 +259,7 @@ def run(main):
 
 def progress(total, what, unit="it", **kwargs):
     """The one progress bar: on a terminal it moves, in a log file it writes a line every ten seconds."""
-    return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, smoothing=0.05,
+    return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, smoothing=0.05, disable=RANK > 0,
                 mininterval=0.2 if sys.stderr.isatty() else 10, maxinterval=10 if sys.stderr.isatty() else 60, **kwargs)
 
 
@@ -276,9 +289,13 @@ def save_figure(figure, path):
 
 class Log:
     """log.jsonl of a run: a JSON object a line, each with its step. Begun at `step`, it keeps the lines up to there
-    and drops later ones, so a resumed run leaves no gap and no double step."""
-    def __init__(self, path, step=0):
+    and drops later ones, so a resumed run leaves no gap and no double step. The first process writes it, and hands each
+    line to `also(line, step=its step)` if there is one."""
+    def __init__(self, path, step=0, also=None):
         self.path = path = Path(path)
+        self.also, self.empty = also, False
+        if RANK:
+            return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -300,6 +317,10 @@ class Log:
             raise UserError(f"{path} can't be written ({e.strerror}); free some space or choose another --out_dir") from e
 
     def write(self, values):
+        if RANK:
+            return
+        if self.also:
+            self.also(values, step=values["step"])
         try:
             with open(self.path, "a") as file:
                 file.write(json.dumps({k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in values.items()}) + "\n")
@@ -319,21 +340,23 @@ def read_log(path):
 
 
 class Stop:
-    """`with Stop() as stop`: Ctrl-C and SIGTERM set stop.signal, for the loop to save and leave; a second one ends at once."""
+    """`with Stop() as stop`: Ctrl-C and SIGTERM set stop.signal, for the loop to save and leave; a second one ends at once
+    (not under torchrun, which passes on what its processes have got already, and ends them by itself after 30 s)."""
     def __enter__(self):
         self.signal = None
         self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _handle(self, number, _):
-        if self.signal:
+        if self.signal and WORLD_SIZE == 1:
             os._exit(128 + number)
         self.signal = number
 
-    def leave(self, checkpoint, step):
-        """Say how to go on; the exit status of a command that the signal ended."""
-        print(f"\nstopped by {signal.Signals(self.signal).name} at step {step}; saved in {checkpoint}; --resume goes on from there", file=sys.stderr)
-        return 128 + self.signal
+    def leave(self, number, checkpoint, step):
+        """Say how to go on; the exit status of a command that signal `number` ended."""
+        if not RANK:
+            print(f"\nstopped by {signal.Signals(number).name} at step {step}; saved in {checkpoint}; --resume goes on from there", file=sys.stderr)
+        return 128 + number
 
     def __exit__(self, *_):
         for number, handler in self._before.items():

@@ -62,33 +62,37 @@ class ConceptModel:
     sign          raise: the largest a_i (paper and code); lower: the largest -a_i; abs: the largest |a_i|
     teaches       whether its next-token distribution is asked for too
     bf16          the GPT's matrix products in bfloat16 (the SAE's stay in float32)
+    compile       torch.compile what lies around autograd.grad, which it can't trace
     """
-    def __init__(self, gpt, sae, layer, attr_k=4, select="attribution", attribution="code", sign="raise", target="concept", teaches=False, bf16=False):
+    def __init__(self, gpt, sae, layer, attr_k=4, select="attribution", attribution="code", sign="raise", target="concept", teaches=False, bf16=False, compile=False):
         check_layer(gpt, layer)
         if target == "concept":
             among = sae.k if select == "activation" or attribution == "code" else len(sae.encoder)
             if attr_k > among:
                 raise UserError(f"attr_k={attr_k} labels can't be chosen among {among} concepts")
-        self.gpt, self.sae, self.layer, self.bf16 = gpt, sae, layer, bf16
+        self.gpt, self.sae, self.layer, self.bf16, self.compile = gpt, sae, layer, bf16, compile
         self.attr_k, self.select, self.attribution, self.sign = attr_k, select, attribution, sign
         self.target, self.teaches = target, teaches
+        if compile:
+            self._lower, self._upper, self._choose = (torch.compile(f, dynamic=False) for f in (self._lower, self._upper, self._choose))
 
+    @torch.no_grad()
     def guide(self, idx, targets, teaches=None):
         """Tokens and their targets (B, T) → Guidance, from one forward pass. teaches: other than the model's."""
         teaches = self.teaches if teaches is None else teaches
-        with torch.autocast(idx.device.type, enabled=False):  # the same precision wherever this is called from
-            h = hidden_states(self.gpt, idx, self.layer, self.bf16)
-            labels = end = teacher = None
-            if self.target == "concept":
-                labels, end = self._choose(h, targets)
-            elif self.target == "hidden":
-                labels = normalize(h)[0].float() if self.bf16 else normalize(h)[0]
-            if teaches:
-                with torch.no_grad(), torch.autocast(h.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-                    if end is None:
-                        end = self._upper(h)
-                    teacher = Teacher(self.gpt.ln_f(end), self.gpt.wte.weight)
-            return Guidance(labels, teacher)
+        with torch.autocast(idx.device.type, dtype=torch.bfloat16, enabled=False):  # the same precision wherever this is called from
+            h, x, active = self._lower(idx)
+            labels = end = None
+            if self.target == "hidden":
+                labels = x
+            elif self.target == "concept" and self.select == "activation":
+                labels = active.indices[..., :self.attr_k]
+            elif self.target == "concept":
+                grad, end = self.loss_gradient(h, targets)
+                labels = self._choose(x, active, grad)
+            if teaches and end is None:
+                end, _ = self._upper(h)
+            return Guidance(labels, Teacher(end, self.gpt.wte.weight) if teaches else None)
 
     def labels(self, idx, targets):
         """What to predict at each position: (B, T, attr_k) int64 concepts, best first; or the hidden states (B, T, d)."""
@@ -96,49 +100,43 @@ class ConceptModel:
 
     def without_concepts(self):
         """The same model, asked for its next-token distribution alone: labels are known already."""
-        return ConceptModel(self.gpt, None, self.layer, target="none", teaches=True, bf16=self.bf16)
+        return ConceptModel(self.gpt, None, self.layer, target="none", teaches=True, bf16=self.bf16, compile=self.compile)
 
-    def _choose(self, h, targets):
-        """Hidden states (B, T, d) and targets → (label concepts, the state after the last block or None if it wasn't needed).
+    def _lower(self, idx):
+        """Tokens (B, T) → (h after block `layer` (B, T, d), the same as the SAE reads it, its active concepts or None)."""
+        h = hidden_states(self.gpt, idx, self.layer, self.bf16)
+        x = normalize(h)[0].to(self.gpt.wte.weight.dtype)
+        return h, x, self.sae.encode(x) if self.target == "concept" else None
 
-        Attribution in the code's form chooses among concepts above 0; where fewer than attr_k are, the best stands again.
+    def _upper(self, h, targets=None):
+        """h after block `layer` (B, T, d) → (the final state (B, T, d), of which the head makes logits; the mean loss if there are targets)."""
+        with torch.autocast(h.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            end = self.gpt.ln_f(self.gpt.blocks(h, self.layer + 1, self.gpt.config.n_layer)[0])
+            return end.detach(), None if targets is None else linear_cross_entropy(end, self.gpt.wte.weight, targets, self.gpt.config.vocab_size)[0]
+
+    def loss_gradient(self, h, targets):
+        """(∂(mean next-token loss) / ∂h, the final state) for hidden states h after block `layer`, each (B, T, d)."""
+        with torch.enable_grad():
+            h = h.detach().requires_grad_()
+            end, loss = self._upper(h, targets)
+        return torch.autograd.grad(loss, h)[0].to(self.gpt.wte.weight.dtype), end
+
+    def _choose(self, x, active, grad):
+        """Label concepts (B, T, attr_k) by attribution, best first.
+
+        In the code's form they are among the concepts above 0; where fewer than attr_k are, the best stands again.
         """
-        x = normalize(h)[0].to(self.sae.encoder.dtype)
-        with torch.no_grad():
-            active = self.sae.encode(x)
-        if self.select == "activation":
-            return active.indices[..., :self.attr_k], None
-        grad, end = self.loss_gradient(h, targets)
-        if self.attribution == "paper":
-            return torch.stack([self._signed(a).topk(self.attr_k).indices for a in self._attributions_of_all(x, grad)]), end
+        if self.attribution == "paper":  # eq. 1: c_pre in place of c, all C concepts; one sequence (T, C) at a time
+            return torch.stack([self._signed(self.sae.preactivations(x_row) * (g_row @ self.sae.decoder.T)).topk(self.attr_k).indices for x_row, g_row in zip(x, grad)])
         scores = self._signed(self.attributions(active, grad).values).masked_fill(active.values <= 0, -torch.inf)
         best = scores.topk(self.attr_k)
         labels = active.indices.gather(-1, best.indices)
-        return torch.where(best.values == -torch.inf, labels[..., :1], labels), end
-
-    def _upper(self, h):
-        """The state after the last block (B, T, d) from that after block `layer`."""
-        return self.gpt.blocks(h, self.layer + 1, self.gpt.config.n_layer)[0]
-
-    def loss_gradient(self, h, targets):
-        """(g, end): g = ∂(mean next-token loss) / ∂h for hidden states h (B, T, d) after block `layer`, (B, T, d); end, the
-        state after the last block."""
-        with torch.enable_grad(), torch.autocast(h.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            h = h.detach().requires_grad_()
-            end = self._upper(h)
-            loss, _ = linear_cross_entropy(self.gpt.ln_f(end), self.gpt.wte.weight, targets, self.gpt.config.vocab_size)
-        return torch.autograd.grad(loss, h)[0].to(self.sae.decoder.dtype), end.detach()
+        return torch.where(best.values == -torch.inf, labels[..., :1], labels)
 
     def attributions(self, active, grad):
         """a_i = c_i · ⟨W_dec,i, g⟩ at the active concepts: TopK (B, T, k), g (B, T, d) → the same with a for c."""
         dots = gathered_dot(active.indices.flatten(0, -2), self.sae.decoder, grad.flatten(0, -2))
         return TopK(active.values * dots.view(active.values.shape), active.indices)
-
-    @torch.no_grad()
-    def _attributions_of_all(self, x, grad):
-        """Eq. 1: c_pre in place of c, all C concepts; one sequence (T, C) at a time."""
-        for x_row, g_row in zip(x, grad):
-            yield self.sae.preactivations(x_row) * (g_row @ self.sae.decoder.T)
 
     def _signed(self, a):
         return {"raise": a, "lower": -a, "abs": a.abs()}[self.sign]
@@ -158,13 +156,13 @@ def uses_bf16(dtype, device):
     return dtype == "bfloat16" or dtype == "auto" and device.type == "cuda"
 
 
-def load_concept_model(keys, device, target="concept", teaches=False):
+def load_concept_model(keys, device, target="concept", teaches=False, compile=False):
     """(ConceptModel, its tokenizer's hash) from LabelKeys."""
     gpt, tokenizer = load_gpt(keys.concept_model, device)
     check_layer(gpt, keys.concept_layer)  # before an SAE is looked for there
     sae = load_sae(keys.sae, keys.concept_layer, gpt.config.n_embd, device, gpt) if target == "concept" else None
     return ConceptModel(gpt, sae, keys.concept_layer, keys.attr_k, keys.select, keys.attribution, keys.attribution_sign, target, teaches,
-                        uses_bf16(keys.dtype, device)), tokenizer
+                        uses_bf16(keys.dtype, device), compile), tokenizer
 
 
 def check_tokenizer(keys, meta, tokenizer, gpt):

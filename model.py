@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError
+from config import LOCAL_RANK, UserError
 from data import replacing
 
 
@@ -527,20 +527,21 @@ class GPT(nn.Module):
         return flops * (3 if backward else 1)
 
     def activation_bytes(self, tokens, start=0, bf16=True):
-        """Bytes at the peak of training on `tokens` tokens through the blocks from `start` on, gradients and optimizer
-        left out: an estimate from above.
+        """Bytes at the peak of a forward and backward of `tokens` tokens through the blocks from `start` on and the heads,
+        beside weights and gradients: an estimate from above.
 
         A position in a block holds 36 d bytes until the backward under bfloat16 autocast: the residual stream twice in
         float32, then 14 d numbers for the matrix products (two LayerNorms, q, k, v, attention, GELU before and after).
-        With checkpoint_blocks it holds its float32 input. Three positions more stand for the heads, the insertion and
-        the block in which the backward is; then a chunk of logits.
+        With checkpoint_blocks it holds its float32 input alone. Three positions more stand for the insertion, the heads
+        and the block in which the backward is; then a chunk of logits; then the heads' gradients, made in the forward
+        and once again in the backward.
         """
         c, d = self.config, self.config.n_embd
         positions = sum(2 if c.interleaved and i >= c.insert_layer else 1 for i in range(start, c.n_layer))
         block = d * (8 + 14 * (2 if bf16 else 4))
-        width = max(c.vocab_size, c.n_concepts if c.insert == "concept" else 0)
-        chunk = min(tokens, chunk_rows(self.wte.weight.device, width)) * width
-        return tokens * ((4 * d if self.checkpoint_blocks else block) * positions + 3 * block) + 12 * chunk
+        kept = (4 * d if self.checkpoint_blocks else block) * positions + 3 * block
+        width = max(c.vocab_size, c.n_concepts)
+        return tokens * kept + 12 * width * min(tokens, (1 << 28) // width) + 8 * d * (c.vocab_size + c.n_concepts)
 
     # -- generation ---------------------------------------------------------------------------------
 
@@ -673,19 +674,20 @@ def perplexity(loss):
 
 
 def pick_device(name="auto"):
-    """torch.device of a name; "auto" takes CUDA, else MPS if its torch can do the sparse products, else the CPU.
-    UserError: it isn't there."""
+    """torch.device of a name; "auto" takes CUDA, else MPS if its torch can do the sparse products, else the CPU. Under
+    torchrun "cuda" is a GPU of the process's own. UserError: it isn't there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and _mps_works() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("expected cpu, cuda or mps")
         torch.empty(1, device=device)
         if device.type == "cuda":
+            torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")  # TF32 where products are in float32
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"device={name!r} is not available here ({str(e).splitlines()[0]})") from e
+        raise UserError(f"device={name!r} is not available here ({str(e).splitlines()[0]})" + (f"; process {LOCAL_RANK} of this machine has no GPU: fewer --nproc_per_node" if LOCAL_RANK else "")) from e
     return device
 
 

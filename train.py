@@ -3,6 +3,7 @@
     python train.py config/stdlib_cocomix.py                    # a config file
     python train.py config/stdlib_ntp.py --learning_rate=1e-3   # … and keys over it
     python train.py config/stdlib_ntp.py --resume               # go on as if it had never stopped
+    torchrun --standalone --nproc_per_node=8 train.py config/cocomix_124m.py    # on many GPUs: the same losses
 
 One step: the batch → what the concept model says of it (label concepts, a teacher's distribution) → the model's
 next-token and concept losses → one backward. A method is a few choices: see METHODS, `model_config`, `step_losses`.
@@ -11,13 +12,16 @@ A run leaves ckpt.pt and log.jsonl in out_dir: a line for every log_interval ste
 import math
 import platform
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import config  # before torch: from here on Ctrl-C ends without a traceback
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 from concepts import Guidance, LabelKeys, check_tokenizer, load_concept_model, open_labels, uses_bf16
@@ -45,7 +49,7 @@ class Config(LabelKeys):  # the keys that choose data and labels stand in concep
     labels: Literal["fly", "disk"] = key("fly", "label concepts made at each step, or read (concepts.py --write_labels made them)")
     # data and length
     batch_size: int = key(480, "sequences an optimizer step", low=1)
-    micro_batch_size: int | Literal["auto"] = key("auto", "sequences at once; less needs less memory", low=1)
+    micro_batch_size: int | Literal["auto"] = key("auto", "sequences at once in a process, at most; auto: what fits into the GPU's memory", low=1)
     max_iters: int = key(40000, "optimizer steps", low=0)
     max_tokens: int | None = key(None, "tokens to train on; sets max_iters", low=1)
     shift_blocks: bool = key(True, "shift the blocks by an offset of their own in each epoch")
@@ -64,13 +68,18 @@ class Config(LabelKeys):  # the keys that choose data and labels stand in concep
     eval_iters: int = key(20, "batches of batch_size val sequences an evaluation", low=1)
     log_interval: int = key(10, "steps between two lines of the log", low=1)
     compile: bool | Literal["auto"] = key("auto", "torch.compile; auto: on CUDA")
+    checkpoint_blocks: bool = key(False, "keep only the blocks' inputs for the backward and run them again there: less memory, a third more time")
     seed: int = key(1337, "of the initialisation and the data order", low=0, high=2**32 - 1)
     resume: bool = key(False, "go on from out_dir's checkpoint, if there is one")
     overwrite: bool = key(False, "start again though out_dir holds a run")
+    wandb_log: bool = key(False, "send the log to Weights & Biases, too")
+    wandb_project: str = key("cocomix", "there")
+    wandb_run_name: str | None = key(None, "there (none: out_dir)")
 
 
 # A run may be resumed with other values of these; the rest decides its losses.
-FREE = ("out_dir", "eval_interval", "log_interval", "micro_batch_size", "device", "compile", "resume", "overwrite")
+FREE = ("out_dir", "eval_interval", "log_interval", "micro_batch_size", "device", "compile", "checkpoint_blocks", "resume", "overwrite",
+        "wandb_log", "wandb_project", "wandb_run_name")
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # dense bf16
 
@@ -144,23 +153,101 @@ def step_losses(model, cfg, x, y, guidance=Guidance()):
 
 
 @torch.no_grad()
-def evaluate(model, cfg, batches, labels):
-    """Mean next-token and concept loss over val batches [(x, y)]; labels, an iterable beside them, or None for a method without."""
+def evaluate(model, cfg, batches, labels, ranks):
+    """Mean next-token and concept loss over all processes' val batches [(x, y)]; labels, an iterable beside them, or None
+    for a method without."""
     model.eval()
-    losses = [step_losses(model, cfg, x, y, Guidance(label)) for (x, y), label in zip(batches, labels or [None] * len(batches))]
+    rows, loss, concept = 0, 0.0, 0.0
+    for (x, y), label in zip(batches, labels or [None] * len(batches)):
+        losses = step_losses(model, cfg, x, y, Guidance(label))
+        rows, loss = rows + len(x), loss + losses.next_token.item() * len(x)
+        if labels is not None:
+            concept += losses.concept.item() * len(x)
     model.train()
-    share = torch.tensor([len(x) for x, _ in batches], dtype=torch.float64)
-    mean = lambda values: (torch.stack(values).cpu().double() * share / share.sum()).sum().item()
-    return mean([l.next_token for l in losses]), mean([l.concept for l in losses]) if labels is not None else None
+    rows, loss, concept = ranks.sum(rows, loss, concept)
+    return loss / rows, concept / rows if labels is not None else None
 
 
-def micro_batch(cfg, device):
-    """Sequences at once. auto: what 8 192 tokens on a CPU, 32 768 on a GPU allow."""
-    if cfg.micro_batch_size != "auto":
-        rows = cfg.micro_batch_size
-    else:
-        rows = max(1, (8192 if device.type == "cpu" else 32768) // cfg.block_size)
-    return min(rows, cfg.batch_size)
+def step_bytes(model, concept_model, tokens, bf16=True):
+    """Bytes that training on `tokens` tokens at once takes beside the models' weights: an estimate from above. 18 a
+    parameter: the gradient (again in DDP's buckets), Adam's two moments, a copy in bfloat16."""
+    labels = concept_model.gpt.activation_bytes(tokens, concept_model.layer + 1, bf16) if concept_model else 0
+    return 18 * model.num_params() + max(model.activation_bytes(tokens, bf16=bf16), labels)
+
+
+def micro_batch(cfg, rows, free=None, needs=None):
+    """How many of a process's `rows` sequences go through the model at once: a divisor, so that all micro batches are alike,
+    the largest within micro_batch_size. auto: the largest that needs(sequences) at most nine tenths of the `free` bytes of
+    a GPU; elsewhere 8 192 tokens."""
+    fits = ((lambda n: n <= cfg.micro_batch_size) if cfg.micro_batch_size != "auto" else
+            (lambda n: n * cfg.block_size <= 8192) if free is None else
+            (lambda n: needs(n) <= 0.9 * free))
+    return max((n for n in range(1, rows + 1) if rows % n == 0 and fits(n)), default=1)
+
+
+class Ranks:
+    """The processes of a run that torchrun started, one a GPU; without torchrun this one alone.
+
+    Every process draws its own rows of the global batch. What they have to agree on goes through here.
+    """
+    size, rank, first = config.WORLD_SIZE, config.RANK, config.RANK == 0  # the first one writes
+
+    def join(self, device):
+        """Connect the processes: what fails before fails in each of them alike."""
+        self.device = device
+        if self.size > 1:
+            own = device if device.type == "cuda" else None
+            dist.init_process_group("nccl" if own else "gloo", timeout=timedelta(minutes=30), device_id=own)
+
+    def wait(self):
+        if self.size > 1:
+            dist.barrier()
+
+    @contextmanager
+    def first_on_machine(self):
+        """The body runs in one process a machine first, then in the others, which find what it fetched."""
+        if config.LOCAL_RANK:
+            self.wait()
+        yield
+        if not config.LOCAL_RANK:
+            self.wait()
+
+    def sum(self, *values):
+        """Numbers or scalar tensors of each process → their sums, floats, the same in all."""
+        values = [float(v) for v in values]
+        if self.size > 1:
+            values = torch.tensor(values, dtype=torch.float64, device=self.device)
+            dist.all_reduce(values)
+            values = values.tolist()
+        return values
+
+    def any(self, number):
+        """A number that is not 0 in some process, the largest; else 0."""
+        number = torch.tensor(number, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return number.item()
+
+    def parallel(self, model):
+        """A model whose backward leaves the processes' mean gradient in each of them."""
+        return DistributedDataParallel(model, gradient_as_bucket_view=True) if self.size > 1 else model
+
+    def leave(self):
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def wandb_log(cfg):
+    """wandb.log of a run that has begun. UserError: not installed, not logged in."""
+    try:
+        import wandb
+    except ImportError as e:
+        raise UserError("wandb_log needs the package wandb: pip install wandb; log.jsonl is written without it, too") from e
+    try:
+        wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or cfg.out_dir, config=asdict(cfg))
+    except Exception as e:  # its own kinds
+        raise UserError(f"wandb does not start ({type(e).__name__}: {e}): wandb login, or WANDB_MODE=offline, or leave --wandb_log out") from e
+    return wandb.log
 
 
 def main(argv):
@@ -174,7 +261,7 @@ def main(argv):
         raise UserError(f"min_lr={cfg.min_lr} is over learning_rate={cfg.learning_rate}: the rate falls from the one to the other")
     if cfg.resume and cfg.overwrite:
         raise UserError("--resume and --overwrite exclude each other: go on with the run, or start it again?")
-    device, out = pick_device(cfg.device), Path(cfg.out_dir)
+    device, out, ranks = pick_device(cfg.device), Path(cfg.out_dir), Ranks()
     checkpoint, log_path = out / "ckpt.pt", out / "log.jsonl"
 
     # before anything is loaded: is there a run here already, is there data
@@ -182,7 +269,7 @@ def main(argv):
     if checkpoint.is_file() and not cfg.overwrite:
         if not cfg.resume:
             raise UserError(f"{out} holds a run already; --resume goes on with it, --overwrite starts again, --out_dir=… starts another")
-        content = load_checkpoint(checkpoint, (*RUN, "optimizer", "step", "seconds", "rng", "val_loss", "best_val_loss"))
+        content = load_checkpoint(checkpoint, (*RUN, "optimizer", "step", "seconds", "val_loss", "best_val_loss"))
         config.check_same(content["train_config"], asdict(cfg), checkpoint, FREE)
         if content["step"] >= cfg.max_iters:
             print(f"{out}: already trained ({content['step']} steps, val loss {content['val_loss']:.4f} on its sample of val)")
@@ -193,21 +280,21 @@ def main(argv):
     vocab_size = meta["vocab_size"]
     if content is not None:
         data.tokens_of_run(content, "train")  # still of the same tokenizer?
-    batches = data.Batches(data.load_tokens(cfg.dataset, "train"), cfg.block_size, cfg.batch_size, vocab_size, cfg.seed, cfg.shift_blocks)
-    micro = micro_batch(cfg, device)
-    # the same val blocks at every evaluation, whatever the seed and the micro batch
-    val = data.load_tokens(cfg.dataset, "val")
-    val = data.Batches(val, cfg.block_size, 1, vocab_size, shift=False)
-    rows = [val[i] for i in range(min(cfg.eval_iters * cfg.batch_size, val.blocks))]
-    val_batches = [tuple(torch.cat(t).to(device) for t in zip(*rows[i:i + micro])) for i in range(0, len(rows), micro)]
+    batches = data.Batches(data.load_tokens(cfg.dataset, "train"), cfg.block_size, cfg.batch_size, vocab_size, cfg.seed, cfg.shift_blocks, ranks.rank, ranks.size)
+    # the same val blocks at every evaluation, whatever the seed and the processes; whole batches, so that all micro batches are alike
+    val = data.Batches(data.load_tokens(cfg.dataset, "val"), cfg.block_size, 1, vocab_size, shift=False)
+    val_rows = min(cfg.eval_iters * cfg.batch_size, val.blocks // cfg.batch_size * cfg.batch_size or val.blocks)
 
     # the models
+    ranks.join(device)
     bf16 = uses_bf16(cfg.dtype, device)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
     concept_model, n_concepts, hidden_size, disk = None, 0, 0, None
     predicts, taught = inserted(cfg) in ("concept", "hidden"), METHODS[cfg.method].taught
+    compiling = cfg.compile is True or cfg.compile == "auto" and device.type == "cuda"
     if predicts or taught:
-        concept_model, tokenizer = load_concept_model(cfg, device, target=inserted(cfg), teaches=taught)
+        with ranks.first_on_machine():
+            concept_model, tokenizer = load_concept_model(cfg, device, inserted(cfg), taught, compiling)
         check_tokenizer(cfg, meta, tokenizer, concept_model.gpt)
         hidden_size, n_concepts = concept_model.gpt.config.n_embd, len(concept_model.sae.encoder) if concept_model.sae else 0
     if cfg.labels == "disk":
@@ -218,28 +305,34 @@ def main(argv):
         disk = open_labels(concept_model, cfg)
     torch.manual_seed(cfg.seed)  # here, so that what all methods share starts the same
     model = GPT(model_config(cfg, vocab_size, n_concepts, hidden_size)).to(device) if content is None else load_model(content, device)
+    model.checkpoint_blocks = cfg.checkpoint_blocks
+    micro = micro_batch(cfg, cfg.batch_size // ranks.size, torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+                        lambda rows: step_bytes(model, concept_model, rows * cfg.block_size, bf16))
     optimizer = make_optimizer(model, cfg, device)
     step, seconds, best = 0, 0.0, math.inf
     if content is not None:
         optimizer.load_state_dict(content["optimizer"])
         step, seconds, best = content["step"], content["seconds"], content["best_val_loss"]
-        torch.set_rng_state(content["rng"])
-        if device.type == "cuda" and "cuda_rng" in content:
-            torch.cuda.set_rng_state(content["cuda_rng"], device)
-    compiled = torch.compile(model) if cfg.compile is True or cfg.compile == "auto" and device.type == "cuda" else model
+    compiled = model
+    if compiling:
+        torch._dynamo.config.optimize_ddp = False  # it would split the graph at DDP's buckets, and can't split our autograd functions
+        compiled = torch.compile(model, dynamic=False)
+    parallel = ranks.parallel(compiled)
     guided = concept_model is not None and (taught or predicts and cfg.concept_weight > 0)  # is it asked at every step?
     flops, concept_flops = model.flops_per_token(), concept_model.flops_per_token(cfg.block_size) if guided else 0
-    log = config.Log(log_path, step)
+    log = config.Log(log_path, step, wandb_log(cfg) if cfg.wandb_log and ranks.first else None)
     if log.empty:
         log.write(dict(step=step, method=cfg.method, seed=cfg.seed, max_iters=cfg.max_iters, params=model.num_params(), active_params=model.num_params(active=True), flops_per_token=flops,
                        concept_flops_per_token=concept_flops, labels=cfg.labels if predicts else None,
-                       device=torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} {device.type}", threads=torch.get_num_threads(),
+                       device=torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} {device.type}", threads=torch.get_num_threads(), processes=ranks.size,
                        torch=torch.__version__, source_hash=meta.get("source_hash")))
     print(f"{cfg.method}: {model.num_params(active=True) / 1e6:.2f}M active of {model.num_params() / 1e6:.2f}M parameters, "
-          f"{(flops + concept_flops) / 1e6:.1f} MFLOP a token, {cfg.max_iters} steps of {tokens_a_step} tokens, on {device}")
+          f"{(flops + concept_flops) / 1e6:.1f} MFLOP a token, {cfg.max_iters} steps of {tokens_a_step} tokens, on {f'{ranks.size} × ' if ranks.size > 1 else ''}{device.type}, {micro} sequences at once")
     peak = peak_flops(device)
 
     val_loss = content["val_loss"] if content else math.nan
+    rows = [val[i] for i in range(ranks.rank, val_rows, ranks.size)]
+    val_batches = [tuple(torch.cat(t).to(device) for t in zip(*rows[i:i + micro])) for i in range(0, len(rows), micro)]
     val_labels = None
     if predicts and step < cfg.max_iters:
         val_labels = lambda: (concept_model.labels(x, y) for x, y in val_batches)
@@ -250,15 +343,16 @@ def main(argv):
         guided, concept_model = taught, concept_model.without_concepts() if taught else None
 
     def save():
-        cuda_rng = dict(cuda_rng=torch.cuda.get_rng_state(device)) if device.type == "cuda" else {}
-        save_checkpoint(checkpoint, **model_checkpoint(
-            model, train_config=asdict(cfg), tokenizer=meta["tokenizer"], tokenizer_hash=meta["tokenizer_hash"], optimizer=optimizer.state_dict(),
-            step=step, seconds=seconds, rng=torch.get_rng_state(), **cuda_rng, val_loss=val_loss, best_val_loss=best))
+        if ranks.first:
+            save_checkpoint(checkpoint, **model_checkpoint(
+                model, train_config=asdict(cfg), tokenizer=meta["tokenizer"], tokenizer_hash=meta["tokenizer_hash"], optimizer=optimizer.state_dict(),
+                step=step, seconds=seconds, val_loss=val_loss, best_val_loss=best))
+        ranks.wait()
 
     def evaluation():
         nonlocal val_loss, best
         with autocast:
-            val_loss, concept_loss = evaluate(compiled, cfg, val_batches, val_labels and val_labels())
+            val_loss, concept_loss = evaluate(compiled, cfg, val_batches, val_labels and val_labels(), ranks)
         finite("val loss", val_loss)
         best = min(best, val_loss)
         line = dict(step=step, tokens=step * tokens_a_step, val_loss=val_loss, seconds=seconds)
@@ -277,15 +371,18 @@ def main(argv):
             save()
         since, clock = step, time.perf_counter()
         for x, y, labels in batches.prefetch(step, cfg.max_iters, device, disk):
+            torch.manual_seed(data.mixed_seed(cfg.seed, step, ranks.rank))  # of dropout: nothing to save but the step
             means = {}
-            for rows in torch.arange(len(x)).split(micro):
-                rows = slice(rows[0], rows[-1] + 1)
+            for first in range(0, len(x), micro):
+                rows = slice(first, first + micro)
                 guidance = concept_model.guide(x[rows], y[rows]) if guided else Guidance()
                 if labels is not None:
                     guidance = guidance._replace(labels=labels[rows])
+                if ranks.size > 1:  # the processes' gradients meet once a step, in the last backward
+                    parallel.require_backward_grad_sync = rows.stop == len(x)
                 with autocast:
-                    losses = step_losses(compiled, cfg, x[rows], y[rows], guidance)
-                share = len(x[rows]) / len(x)
+                    losses = step_losses(parallel, cfg, x[rows], y[rows], guidance)
+                share = micro / len(x)
                 (losses.total * share).backward()
                 for name, value in (("loss", losses.next_token), ("concept_loss", losses.concept), ("kl", losses.kl)):
                     if value is not None:
@@ -300,9 +397,9 @@ def main(argv):
 
             last = step == cfg.max_iters
             at_eval = step % cfg.eval_interval == 0 or last
-            stopping = stop.signal  # read once: a signal in what follows belongs to the next step
+            stopping = ranks.any(stop.signal or 0)  # read once: a signal in what follows belongs to the next step
             if step % cfg.log_interval == 0 or at_eval or stopping:
-                means = {name: value.item() for name, value in means.items()}  # waits for the device
+                means = {name: total / ranks.size for name, total in zip(means, ranks.sum(*means.values()))}  # waits for the device
                 for name, value in means.items():
                     finite(name.replace("_", " "), value)
                 finite("gradient's norm", norm.item())
@@ -322,8 +419,10 @@ def main(argv):
                     save()
                 since, clock = step, time.perf_counter()
             if stopping and not last:
-                return stop.leave(checkpoint, step)
-    print(f"{out}: val loss {val_loss:.4f} (perplexity {perplexity(val_loss):.2f}) on {sum(x.numel() for x, _ in val_batches):,} tokens of val after {step} steps, {step * tokens_a_step / max(seconds, 1e-9):,.0f} tokens/s")
+                ranks.leave()
+                return stop.leave(stopping, checkpoint, step)
+    ranks.leave()
+    print(f"{out}: val loss {val_loss:.4f} (perplexity {perplexity(val_loss):.2f}) on {val_rows * cfg.block_size:,} tokens of val after {step} steps, {step * tokens_a_step / max(seconds, 1e-9):,.0f} tokens/s")
 
 
 if __name__ == "__main__":

@@ -50,10 +50,6 @@ class UserError(Exception):
     """Something a person can mend: one line that says what is wrong, with which value, and the remedy."""
 
 
-class Lost(UserError):
-    """Another process of the run has ended, and says itself why."""
-
-
 def key(default, meaning, low=None, high=None, bare=None, follows=None):
     """A config key. low, high: the allowed range, ends included. bare: the value of `--key` alone; the next argument
     is then its value only if it matches the pattern `follows`."""
@@ -240,17 +236,20 @@ def run(main):
     try:
         status = main(sys.argv[1:])
     except (UserError, OSError, MemoryError, RuntimeError) as e:
-        memory = isinstance(e, MemoryError) or isinstance(e, RuntimeError) and re.search("out of memory|can't allocate memory", str(e))
-        if LOCAL_RANK or isinstance(e, Lost):
-            time.sleep(5)  # what ends all processes is said once: torchrun stops this one before it can say it again
-        if "--debug" in sys.argv or isinstance(e, RuntimeError) and not memory:
+        runtime, first_line = isinstance(e, RuntimeError), (str(e).splitlines() or ["no more said"])[0]
+        memory = isinstance(e, MemoryError) or runtime and re.search("out of memory|can't allocate memory", str(e))
+        lost = WORLD_SIZE > 1 and runtime and not memory and re.search("gloo|NCCL|socket", str(e))
+        if LOCAL_RANK or lost:
+            time.sleep(2 + LOCAL_RANK)  # what ends all processes is said once: torchrun stops this one before it says it again
+            print(file=sys.stderr)  # another one's bar stands on the line
+        if "--debug" in sys.argv or runtime and not memory and not lost:
             raise
-        if memory:
-            sys.exit(f"error: out of memory: a smaller --micro_batch_size (or --batch_size) needs less ({str(e).splitlines()[0] if str(e) else 'no more said'})")
         if isinstance(e, BrokenPipeError):  # `| head` closed the pipe: nothing to say
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        message = str(e) if isinstance(e, UserError) else f"{e.strerror or e}: {e.filename}" if isinstance(e, OSError) and e.filename else str(e)
+        message = (f"out of memory: a smaller --micro_batch_size (or --batch_size) needs less ({first_line})" if memory else
+                   f"no connection to another process of this run: if it has ended, it says why itself ({first_line})" if lost else
+                   str(e) if isinstance(e, UserError) or not e.filename else f"{e.strerror or e}: {e.filename}")
         sys.exit("error: " + " ".join(message.split()))
     except KeyboardInterrupt:
         sys.exit(130)

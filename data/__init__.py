@@ -326,7 +326,7 @@ class Batches:
         rows = np.stack([self.tokens[s:s + self.block_size + 1] for s in self.starts(step)]).astype(np.int64)
         check_range(rows, self.vocab_size)
         rows = torch.from_numpy(rows)
-        return rows[:, :-1], rows[:, 1:]
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # only such tensors travel to a GPU by themselves
 
     def prefetch(self, start, stop, device, labels=None):
         """Yield (x, y, labels) of steps start … stop-1 on device; a thread prepares the next one meanwhile.
@@ -363,6 +363,11 @@ def sequential(tokens, block_size, batch_size, vocab_size):
         chunk = torch.from_numpy(chunk)
         rows = (end - first) // block_size or 1
         yield chunk[:-1].view(rows, -1), chunk[1:].view(rows, -1)
+
+
+def mixed_seed(*numbers):
+    """A seed that is another for every other tuple of numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def fingerprint(*parts):

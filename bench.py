@@ -58,11 +58,12 @@ def concept_model_of(cfg, device):
     if target in ("none", "pause") and not method.taught:
         return None
     if cfg.concept_model != "gpt2":
-        return load_concept_model(cfg, torch.device("cpu") if device.type == "meta" else device, target, method.taught)[0]
+        return load_concept_model(cfg, torch.device("cpu") if device.type == "meta" else device, target, method.taught, train.compiles(cfg, device))[0]
     with device:
         gpt = GPT(ModelConfig(vocab_size=50257)).eval().requires_grad_(False)
         sae = SAE(gpt.config.n_embd, 32768, 32).eval().requires_grad_(False) if target == "concept" else None
-    return ConceptModel(gpt, sae, cfg.concept_layer, cfg.attr_k, cfg.select, cfg.attribution, cfg.attribution_sign, target, method.taught, uses_bf16(cfg.dtype, device))
+    return ConceptModel(gpt, sae, cfg.concept_layer, cfg.attr_k, cfg.select, cfg.attribution, cfg.attribution_sign, target, method.taught, uses_bf16(cfg.dtype, device),
+                        train.compiles(cfg, device))
 
 
 def make_models(cfg, device):
@@ -99,14 +100,15 @@ class Row:
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         self.model, self.concept_model = make_models(cfg, device)
         vocab_size, n_concepts = self.model.config.vocab_size, self.model.config.n_concepts
-        self.micro = train.micro_batch(cfg, device)
+        self.model.checkpoint_blocks = cfg.checkpoint_blocks
+        self.micro = train.micro_batch(cfg, cfg.batch_size, self.model, self.concept_model, device)
         self.x, self.y = torch.randint(vocab_size, (2, cfg.batch_size, cfg.block_size), device=device)
         self.labels = torch.randint(max(1, n_concepts), (cfg.batch_size, cfg.block_size, cfg.attr_k), device=device) if kind == "labels from disk" else None
         self.concept_flops = 0 if self.concept_model is None or self.labels is not None else self.concept_model.flops_per_token(cfg.block_size)
         if self.labels is not None:
             self.concept_model = None
         self.autocast = torch.autocast(device.type, dtype=torch.bfloat16) if uses_bf16(cfg.dtype, device) and kind != "official" else nullcontext()
-        self.compiled = torch.compile(self.model) if kind != "official" and (cfg.compile is True or cfg.compile == "auto" and device.type == "cuda") else self.model
+        self.compiled = torch.compile(self.model, dynamic=False) if kind != "official" and train.compiles(cfg, device) else self.model
         if kind == "official":
             self.concept_model.gpt.requires_grad_()
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.learning_rate)

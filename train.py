@@ -168,6 +168,10 @@ def evaluate(model, cfg, batches, labels, ranks):
     return loss / rows, concept / rows if labels is not None else None
 
 
+def compiles(cfg, device):
+    return cfg.compile is True or cfg.compile == "auto" and device.type == "cuda"
+
+
 def step_bytes(model, concept_model, tokens, bf16=True):
     """Bytes that training on `tokens` tokens at once takes beside the models' weights: an estimate from above. 18 a
     parameter: the gradient (again in DDP's buckets), Adam's two moments, a copy in bfloat16."""
@@ -175,13 +179,13 @@ def step_bytes(model, concept_model, tokens, bf16=True):
     return 18 * model.num_params() + max(model.activation_bytes(tokens, bf16=bf16), labels)
 
 
-def micro_batch(cfg, rows, free=None, needs=None):
-    """How many of a process's `rows` sequences go through the model at once: a divisor, so that all micro batches are alike,
-    the largest within micro_batch_size. auto: the largest that needs(sequences) at most nine tenths of the `free` bytes of
-    a GPU; elsewhere 8 192 tokens."""
+def micro_batch(cfg, rows, model, concept_model, device):
+    """How many of a process's `rows` sequences go through the model at once: the largest divisor within micro_batch_size, so
+    that all micro batches are alike. auto: within nine tenths of a GPU's free memory, by `step_bytes`; else within 8 192 tokens."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     fits = ((lambda n: n <= cfg.micro_batch_size) if cfg.micro_batch_size != "auto" else
             (lambda n: n * cfg.block_size <= 8192) if free is None else
-            (lambda n: needs(n) <= 0.9 * free))
+            (lambda n: step_bytes(model, concept_model, n * cfg.block_size, uses_bf16(cfg.dtype, device)) <= 0.9 * free))
     return max((n for n in range(1, rows + 1) if rows % n == 0 and fits(n)), default=1)
 
 
@@ -291,10 +295,9 @@ def main(argv):
     autocast = torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
     concept_model, n_concepts, hidden_size, disk = None, 0, 0, None
     predicts, taught = inserted(cfg) in ("concept", "hidden"), METHODS[cfg.method].taught
-    compiling = cfg.compile is True or cfg.compile == "auto" and device.type == "cuda"
     if predicts or taught:
         with ranks.first_on_machine():
-            concept_model, tokenizer = load_concept_model(cfg, device, inserted(cfg), taught, compiling)
+            concept_model, tokenizer = load_concept_model(cfg, device, inserted(cfg), taught, compiles(cfg, device))
         check_tokenizer(cfg, meta, tokenizer, concept_model.gpt)
         hidden_size, n_concepts = concept_model.gpt.config.n_embd, len(concept_model.sae.encoder) if concept_model.sae else 0
     if cfg.labels == "disk":
@@ -306,15 +309,14 @@ def main(argv):
     torch.manual_seed(cfg.seed)  # here, so that what all methods share starts the same
     model = GPT(model_config(cfg, vocab_size, n_concepts, hidden_size)).to(device) if content is None else load_model(content, device)
     model.checkpoint_blocks = cfg.checkpoint_blocks
-    micro = micro_batch(cfg, cfg.batch_size // ranks.size, torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
-                        lambda rows: step_bytes(model, concept_model, rows * cfg.block_size, bf16))
+    micro = micro_batch(cfg, cfg.batch_size // ranks.size, model, concept_model, device)
     optimizer = make_optimizer(model, cfg, device)
     step, seconds, best = 0, 0.0, math.inf
     if content is not None:
         optimizer.load_state_dict(content["optimizer"])
         step, seconds, best = content["step"], content["seconds"], content["best_val_loss"]
     compiled = model
-    if compiling:
+    if compiles(cfg, device):
         torch._dynamo.config.optimize_ddp = False  # it would split the graph at DDP's buckets, and can't split our autograd functions
         compiled = torch.compile(model, dynamic=False)
     parallel = ranks.parallel(compiled)
@@ -409,7 +411,7 @@ def main(argv):
                 line = dict(step=step, tokens=step * tokens_a_step, **means, lr=learning_rate(cfg, step - 1), grad_norm=norm.item(), tokens_per_s=speed, seconds=seconds)
                 text = " ".join(f"{name.removesuffix('_loss')} {value:.3f}" for name, value in means.items())
                 if peak:
-                    line["mfu"] = speed * (flops + guided * concept_flops) / peak
+                    line["mfu"] = speed * (flops + guided * concept_flops) / (peak * ranks.size)
                     text += f" MFU {line['mfu']:.1%}"
                 log.write(line)
                 bar.set_postfix_str(text + (f" val {val_loss:.3f}" if math.isfinite(val_loss) else ""))

@@ -108,7 +108,7 @@ class Row:
         if self.labels is not None:
             self.concept_model = None
         self.autocast = torch.autocast(device.type, dtype=torch.bfloat16) if uses_bf16(cfg.dtype, device) and kind != "official" else nullcontext()
-        self.compiled = torch.compile(self.model, dynamic=False) if kind != "official" and train.compiles(cfg, device) else self.model
+        self.compiled = train.compile_model(self.model) if kind != "official" and train.compiles(cfg, device) else self.model
         if kind == "official":
             self.concept_model.gpt.requires_grad_()
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.learning_rate)

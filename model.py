@@ -526,22 +526,22 @@ class GPT(nn.Module):
             flops += 2 * 4 * d * (d + c.hidden_size) + (2 * d * c.hidden_size if c.mix != "none" else 0)
         return flops * (3 if backward else 1)
 
-    def activation_bytes(self, tokens, start=0, bf16=True):
+    def activation_bytes(self, tokens, start=0, bf16=True, taught=False):
         """Bytes at the peak of a forward and backward of `tokens` tokens through the blocks from `start` on and the heads,
         beside weights and gradients: an estimate from above.
 
         A position in a block holds 36 d bytes until the backward under bfloat16 autocast: the residual stream twice in
         float32, then 14 d numbers for the matrix products (two LayerNorms, q, k, v, attention, GELU before and after).
         With checkpoint_blocks it holds its float32 input alone. Three positions more stand for the insertion, the heads
-        and the block in which the backward is; then a chunk of logits; then the heads' gradients, made in the forward
-        and once again in the backward.
+        and the block in which the backward is; then a chunk of logits with what is made of it (more under a teacher); then
+        the heads' gradients, made in the forward and once again in the backward.
         """
         c, d = self.config, self.config.n_embd
         positions = sum(2 if c.interleaved and i >= c.insert_layer else 1 for i in range(start, c.n_layer))
         block = d * (8 + 14 * (2 if bf16 else 4))
         kept = (4 * d if self.checkpoint_blocks else block) * positions + 3 * block
         width = max(c.vocab_size, c.n_concepts)
-        return tokens * kept + 12 * width * min(tokens, (1 << 28) // width) + 8 * d * (c.vocab_size + c.n_concepts)
+        return tokens * kept + (36 if taught else 16) * width * min(tokens, (1 << 28) // width) + 8 * d * (c.vocab_size + c.n_concepts)
 
     # -- generation ---------------------------------------------------------------------------------
 

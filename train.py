@@ -172,11 +172,17 @@ def compiles(cfg, device):
     return cfg.compile is True or cfg.compile == "auto" and device.type == "cuda"
 
 
+def compile_model(model):
+    """torch.compile, for the shapes that come and no others."""
+    torch._dynamo.config.optimize_ddp = False  # it would split the graph at DDP's buckets, and can't split our autograd functions
+    return torch.compile(model, dynamic=False)
+
+
 def step_bytes(model, concept_model, tokens, bf16=True):
     """Bytes that training on `tokens` tokens at once takes beside the models' weights: an estimate from above. 18 a
     parameter: the gradient (again in DDP's buckets), Adam's two moments, a copy in bfloat16."""
     labels = concept_model.gpt.activation_bytes(tokens, concept_model.layer + 1, bf16) if concept_model else 0
-    return 18 * model.num_params() + max(model.activation_bytes(tokens, bf16=bf16), labels)
+    return 18 * model.num_params() + max(model.activation_bytes(tokens, bf16=bf16, taught=bool(concept_model and concept_model.teaches)), labels)
 
 
 def micro_batch(cfg, rows, model, concept_model, device):
@@ -225,12 +231,12 @@ class Ranks:
             values = values.tolist()
         return values
 
-    def any(self, number):
-        """A number that is not 0 in some process, the largest; else 0."""
-        number = torch.tensor(number, device=self.device)
+    def largest(self, number):
+        """The largest of the processes' numbers, an int."""
         if self.size > 1:
+            number = torch.tensor(number, device=self.device)
             dist.all_reduce(number, dist.ReduceOp.MAX)
-        return number.item()
+        return int(number)
 
     def parallel(self, model):
         """A model whose backward leaves the processes' mean gradient in each of them."""
@@ -254,19 +260,26 @@ def wandb_log(cfg):
     return wandb.log
 
 
-def main(argv):
+def read_config(argv):
+    """The Config of a command line. UserError: keys that don't go together."""
     cfg, _ = config.parse(Config, argv, __doc__, most=0)
-    tokens_a_step = cfg.batch_size * cfg.block_size
     if cfg.max_tokens is not None:
-        cfg = config.replace(cfg, max_iters=-(-cfg.max_tokens // tokens_a_step))
+        cfg = config.replace(cfg, max_iters=-(-cfg.max_tokens // (cfg.batch_size * cfg.block_size)))
     if not cfg.out_dir.strip():
         raise UserError("out_dir is empty: name a folder, such as --out_dir=out/run")
     if cfg.min_lr is not None and cfg.min_lr > cfg.learning_rate:
         raise UserError(f"min_lr={cfg.min_lr} is over learning_rate={cfg.learning_rate}: the rate falls from the one to the other")
     if cfg.resume and cfg.overwrite:
         raise UserError("--resume and --overwrite exclude each other: go on with the run, or start it again?")
+    if inserted(cfg) in ("concept", "hidden") and cfg.mix == "none" and not cfg.concept_weight:
+        raise UserError("mix='none' with concept_weight=0 would predict concepts for nothing: that is method='ntp'")
+    return cfg
+
+
+def main(argv):
+    cfg = read_config(argv)
     device, out, ranks = pick_device(cfg.device), Path(cfg.out_dir), Ranks()
-    checkpoint, log_path = out / "ckpt.pt", out / "log.jsonl"
+    checkpoint, log_path, tokens_a_step = out / "ckpt.pt", out / "log.jsonl", cfg.batch_size * cfg.block_size
 
     # before anything is loaded: is there a run here already, is there data
     content = None
@@ -315,10 +328,9 @@ def main(argv):
     if content is not None:
         optimizer.load_state_dict(content["optimizer"])
         step, seconds, best = content["step"], content["seconds"], content["best_val_loss"]
-    compiled = model
-    if compiles(cfg, device):
-        torch._dynamo.config.optimize_ddp = False  # it would split the graph at DDP's buckets, and can't split our autograd functions
-        compiled = torch.compile(model, dynamic=False)
+    if ranks.sum(step) != [step * ranks.size]:
+        raise UserError(f"some processes found {checkpoint} and others another one or none: out_dir must be a folder that all machines share")
+    compiled = compile_model(model) if compiles(cfg, device) else model
     parallel = ranks.parallel(compiled)
     guided = concept_model is not None and (taught or predicts and cfg.concept_weight > 0)  # is it asked at every step?
     flops, concept_flops = model.flops_per_token(), concept_model.flops_per_token(cfg.block_size) if guided else 0
@@ -399,7 +411,7 @@ def main(argv):
 
             last = step == cfg.max_iters
             at_eval = step % cfg.eval_interval == 0 or last
-            stopping = ranks.any(stop.signal or 0)  # read once: a signal in what follows belongs to the next step
+            stopping = ranks.largest(stop.signal or 0)  # read once: a signal in what follows belongs to the next step
             if step % cfg.log_interval == 0 or at_eval or stopping:
                 means = {name: total / ranks.size for name, total in zip(means, ranks.sum(*means.values()))}  # waits for the device
                 for name, value in means.items():

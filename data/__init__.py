@@ -293,7 +293,7 @@ class Batches:
     """
     def __init__(self, tokens, block_size, batch_size, vocab_size, seed=0, shift=True, rank=0, world_size=1):
         if batch_size % world_size:
-            raise UserError(f"batch_size={batch_size} does not divide by the {world_size} processes")
+            raise UserError(f"batch_size={batch_size} does not divide by the {world_size} processes: take a multiple")
         if len(tokens) < 2 * block_size:
             raise UserError(f"a split has only {len(tokens)} tokens, too few for block_size={block_size}; it needs {2 * block_size}")
         self.tokens, self.block_size, self.batch_size, self.vocab_size = tokens, block_size, batch_size, vocab_size

@@ -180,8 +180,8 @@ def compile_model(model):
 
 def step_bytes(model, concept_model, tokens, bf16=True):
     """Bytes that training on `tokens` tokens at once takes beside the models' weights: an estimate from above. 18 a
-    parameter: the gradient (again in DDP's buckets), Adam's two moments, a copy in bfloat16."""
-    labels = concept_model.gpt.activation_bytes(tokens, concept_model.layer + 1, bf16) if concept_model else 0
+    parameter: the gradient (again in DDP's buckets), Adam's two moments, a copy in bfloat16; this alone of the frozen model."""
+    labels = concept_model.gpt.activation_bytes(tokens, concept_model.layer + 1, bf16) + 2 * concept_model.gpt.num_params() if concept_model else 0
     return 18 * model.num_params() + max(model.activation_bytes(tokens, bf16=bf16, taught=bool(concept_model and concept_model.teaches)), labels)
 
 

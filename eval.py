@@ -48,7 +48,7 @@ class Config:
     eval_data: str | None = key(None, "folder with the tasks' documents, NAME.jsonl or NAME.jsonl.gz, fields as on the hub (none: from the hub)")
     limit: int | None = key(None, "documents of each task, the first ones (none: all)", low=1)
     model: str | None = key(None, "evaluate GPT-2 too: gpt2 (from the hub), or a folder or file of its weights")
-    dataset: str | None = key(None, "whose val.bin (none: the run's own; --model has none of its own)")
+    dataset: str | None = key(None, "whose val.bin, in GPT-2's tokens, --model is evaluated on (none: on none)")
     every: bool = key(False, "all checkpoints of a run (train.py --keep_checkpoints), not the last alone")
     compare: bool = key(False, "val loss over training and what the first run's end costs the others, read from the logs; nothing is evaluated")
     plot: str | None = key(None, "draw val loss against tokens, FLOPs and time into this .png, .svg or .pdf; no suffix: .png and .svg (--compare: out/compare)")
@@ -510,7 +510,7 @@ def panels(path, evaluations):
     plt, path, courses = config.pyplot(), Path(path), {}
     for name, lines in evaluations.items():
         at = {}
-        for line in sorted(lines, key=lambda line: line["limit"] or math.inf):
+        for line in sorted(lines, key=lambda line: (line["limit"] or math.inf, line.get("val_tokens", 0))):
             at.setdefault(line["tokens"], {}).update(line)
         courses[name] = sorted(at.items())
     titles = {**MEASURES, "task_perplexity": "mean ppl (LAMBADA, WikiText)", "average_accuracy": "mean accuracy (5 tasks)"}
@@ -571,13 +571,14 @@ def evaluate_run(name, content, model, log, device, cfg):
         if cfg.official:
             row["official_perplexity"] = official_perplexity(content, model, device, cfg.tokens, cfg.batch_size)
     elif not tasks:
-        raise UserError(f"nothing to evaluate on {name}: --dataset=NAME names a val.bin in GPT-2's tokens, --eval_data=DIR the tasks' documents")
+        raise UserError(f"nothing to evaluate {name} on: --dataset=NAME names a val.bin in GPT-2's tokens, --eval_data=DIR the tasks' documents")
     if tasks:
         tokenizer = data.load_tokenizer(content["tokenizer"])
-        for task, documents in tasks.items():
-            row |= run_task(task, documents, model, tokenizer, cfg.batch_size)
+        for task, docs in tasks.items():
+            row |= run_task(task, docs, model, tokenizer, cfg.batch_size)
         row |= averages(row)
-        print(f"{name}, {row.get('tokens', 0):,} tokens, on {device}:\n{table(details(row, tasks), DETAILS)}\n")
+        after = f" after {row['tokens']:,} tokens" if "tokens" in row else ""
+        print(f"{name}{after}, on {device}:\n{table(details(row, tasks), DETAILS)}\n")
     return row
 
 
@@ -601,8 +602,6 @@ def evaluate_all(cfg, runs, device):
             logs[name] = log
         for checkpoint in checkpoints:
             content = load_checkpoint(checkpoint, (*RUN, "step"))
-            if cfg.dataset is not None:
-                content["train_config"]["dataset"] = cfg.dataset
             rows.append(evaluate_run(name, content, load_model(content, device), [line for line in log if line["step"] <= content["step"]], device, cfg))
             append(path.parent / "eval.jsonl", rows[-1] | dict(limit=cfg.limit, batch_size=cfg.batch_size, evaluated_on=str(device)))
     if cfg.model is not None:

@@ -31,15 +31,15 @@ def random_model(vocab_size, seed=0, std=0.3, **settings):
     return model.eval()
 
 
-def harness(model, tokenizer, documents, bootstrap_iters=0):
+def harness(model, tokenizer, documents):
     """{task: documents} → {task: (metrics by the harness's names, the log-likelihoods and likeliest flags of each document)}. Our model is wrapped
     as a user of the harness would, a forward pass over each whole text."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _harness(model, tokenizer, documents, bootstrap_iters)
+        return _harness(model, tokenizer, documents)
 
 
-def _harness(model, tokenizer, documents, bootstrap_iters):
+def _harness(model, tokenizer, documents):
     os.environ |= dict(DISABLE_MULTIPROC="1", HF_HUB_OFFLINE="1")
     import datasets
     import lm_eval
@@ -82,7 +82,7 @@ def _harness(model, tokenizer, documents, bootstrap_iters):
     ConfigurableTask.download = download
     try:
         manager = TaskManager(include_path=[str(folder / FOLDERS[name]) for name in documents], include_defaults=False)
-        results = lm_eval.simple_evaluate(Wrapped(), tasks=list(documents), task_manager=manager, bootstrap_iters=bootstrap_iters, log_samples=True)
+        results = lm_eval.simple_evaluate(Wrapped(), tasks=list(documents), task_manager=manager, log_samples=True, bootstrap_iters=2)  # for accuracies' errors, too, though those are formulas
     finally:
         ConfigurableTask.download = kept
     def answers(sample):  # a number for a whole text, else (log-likelihood, likeliest) pairs

@@ -109,7 +109,7 @@ class Question(NamedTuple):
 class Task(NamedTuple):
     hub: tuple       # its documents there: (dataset, configuration or None, split)
     ask: Callable    # document → Question
-    score: Callable  # (document, Question, [(log-likelihood, is it the likeliest?) of each pair]) → the document's part in each metric
+    score: Callable  # (document, Question, [(log-likelihood, is it the likeliest?) of each pair]) → {metric: (value, count)}, to be summed up
     metrics: tuple   # the paper's first
 
 
@@ -121,7 +121,7 @@ def score_choice(doc, question, answers):
     """acc: the likeliest ending is right; acc_norm: the likeliest by its characters, the space before them not counted."""
     whole = [loglikelihood for loglikelihood, _ in answers]
     each = [loglikelihood / max(1, len(ending) - 1) for loglikelihood, (_, ending) in zip(whole, question.pairs)]
-    return {name: float(scores.index(max(scores)) == question.gold) for name, scores in (("acc", whole), ("acc_norm", each))}
+    return {name: (scores.index(max(scores)) == question.gold, 1) for name, scores in (("acc", whole), ("acc_norm", each))}
 
 
 def hellaswag(doc):
@@ -154,7 +154,7 @@ def lambada(doc):
 
 def score_lambada(doc, question, answers):
     (loglikelihood, likeliest), = answers
-    return dict(perplexity=(loglikelihood, 1), acc=float(likeliest))
+    return dict(perplexity=(loglikelihood, 1), acc=(likeliest, 1))
 
 
 UNDO_SPACING = (  # of WikiText: pattern → replacement, in this order
@@ -227,9 +227,10 @@ def side_by_side(pairs, block_size):
 def loglikelihoods(model, questions, batch_size, title="evaluate"):
     """[[(context, continuation), …] a question], in tokens → [[(log-likelihood in nats, is it the likeliest?), …] a question].
 
-    Of context and continuation the last block_size + 1 tokens count. A question is one sequence: the keys and values of its context
-    are computed once, and each continuation sees them and itself. Texts that fill the model's window are sequences of their own: cut,
-    they begin at different tokens. The plain way is a sequence a pair.
+    Of context and continuation the last block_size + 1 tokens are kept; a continuation that is longer, which the harness refuses,
+    counts by its end. A question is one sequence: the keys and values of its context are computed once, and each continuation sees
+    them and itself. Texts that fill the model's window are sequences of their own: cut, they begin at different tokens. The plain
+    way is a sequence a pair.
     """
     size, device = model.config.block_size, model.wte.weight.device
     numbers, total, sequences = itertools.count(), sum(map(len, questions)), []
@@ -275,7 +276,6 @@ def next_token(model, h, at, token):
 # ---------------------------------------------------------------------------------------------------
 # From documents to numbers
 
-@functools.cache
 def documents(name, folder, limit):
     """The documents of a task, dicts with the hub's fields: from folder/NAME.jsonl[.gz], without a folder from the hub."""
     dataset, configuration, split = TASKS[name].hub
@@ -295,31 +295,29 @@ def documents(name, folder, limit):
         raise UserError(f"no {name}.jsonl or {name}.jsonl.gz in {folder}: the documents of {dataset}, a JSON object a line; --tasks chooses other tasks")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            return [json.loads(line) for line in itertools.islice(file, limit)]
+            found = [json.loads(line) for line in itertools.islice(file, limit)]
     except (ValueError, EOFError, gzip.BadGzipFile) as e:
         raise UserError(f"{path} can't be read as a JSON object a line ({type(e).__name__}): cut short or damaged") from e
+    if not found:
+        raise UserError(f"{path} is empty: expected the documents of {dataset}, a JSON object a line")
+    return found
 
 
-def mean_and_error(values):
-    """(mean, standard error) as the harness has them."""
-    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
-def perplexity_and_error(parts):
-    """[(log-likelihood, count)] → (exp(-Σ log-likelihood / Σ count), standard error).
-
-    The error is the perplexity times the standard error of the mean log-likelihood (of a ratio's, where counts differ). The harness
-    resamples instead, which comes to the same but for its noise, and gives none for WikiText.
-    """
+def mean_and_error(parts):
+    """[(value, count)] of documents → (Σ value / Σ count, its standard error: that of a mean, or of a ratio where counts differ)."""
     n, count = len(parts), sum(c for _, c in parts)
     mean = math.fsum(x for x, _ in parts) / count
     spread = math.fsum((x - mean * c) ** 2 for x, c in parts)
-    return perplexity(-mean), perplexity(-mean) * math.sqrt(spread * n / (n - 1)) / count if n > 1 else None
+    return mean, math.sqrt(spread * n / (n - 1)) / count if n > 1 else None
 
 
 def run_task(name, docs, model, tokenizer, batch_size):
     """One task → dict: NAME/METRIC and NAME/METRIC_stderr for each of its metrics; NAME/examples, NAME/cut (texts that lost their
-    start, being longer than block_size + 1 tokens), NAME/seconds."""
+    start, being longer than block_size + 1 tokens), NAME/seconds.
+
+    Standard errors of accuracies are the harness's. That of a perplexity is the perplexity times that of the mean log-likelihood; the
+    harness resamples LAMBADA's, which comes to the same where it is small beside the perplexity, and gives none for WikiText.
+    """
     task, size, start = TASKS[name], model.config.block_size, time.perf_counter()
     try:
         questions = [task.ask(doc) for doc in docs]
@@ -330,8 +328,11 @@ def run_task(name, docs, model, tokenizer, batch_size):
     parts = [task.score(*each) for each in zip(docs, questions, answers)]
     row = {}
     for metric in task.metrics:
-        values = [part[metric] for part in parts]
-        row[f"{name}/{metric}"], row[f"{name}/{metric}_stderr"] = (perplexity_and_error if isinstance(values[0], tuple) else mean_and_error)(values)
+        value, error = mean_and_error([part[metric] for part in parts])
+        if "perplexity" in metric:
+            value = perplexity(-value)
+            error = error and value * error
+        row |= {f"{name}/{metric}": value, f"{name}/{metric}_stderr": error}
     cut = sum(len(context) + len(continuation) > size + 1 for question in pairs for context, continuation in question)
     return row | {f"{name}/examples": len(docs), f"{name}/cut": cut, f"{name}/seconds": time.perf_counter() - start}
 
@@ -535,7 +536,6 @@ def panels(path, evaluations):
 # ---------------------------------------------------------------------------------------------------
 # The command
 
-@functools.cache
 def chosen_tasks(cfg, tokenizer):
     """{name: documents} of the tasks that are to run for a model of this tokenizer (its hash)."""
     by_itself = cfg.tasks == "auto" and not cfg.eval_data
@@ -554,9 +554,10 @@ def chosen_tasks(cfg, tokenizer):
         return {}
 
 
-def evaluate_run(name, content, model, log, device, cfg):
-    """A row of the tables for a checkpoint's content and its model; log: the run's lines, maybe none. Prints the tasks' details."""
-    trained, tasks = content["train_config"], chosen_tasks(cfg, content["tokenizer_hash"])
+def evaluate_run(name, content, model, log, tasks, device, cfg):
+    """A row of the tables for a checkpoint's content and its model; log: the run's lines so far, maybe none; tasks {name: documents}.
+    Prints the tasks' details."""
+    trained = content["train_config"]
     row = dict(run=name, method=trained["method"])
     if model.config.insert != "none":
         row["mix"] = trained["mix"]
@@ -591,7 +592,7 @@ def append(path, row):
 
 def evaluate_all(cfg, runs, device):
     """Evaluate runs, and cfg.model: (rows of the tables, {name: log}). Each checkpoint's row goes to its run's eval.jsonl."""
-    rows, logs = [], {}
+    rows, logs, tasks = [], {}, functools.cache(functools.partial(chosen_tasks, cfg))
     for name, path in named([find_checkpoint(run) for run in runs or [None][:cfg.model is None]]):
         checkpoints = sorted(path.parent.glob("step_*.pt"), key=lambda p: int(p.stem[5:])) if cfg.every else [path]
         if not checkpoints:
@@ -602,14 +603,15 @@ def evaluate_all(cfg, runs, device):
             logs[name] = log
         for checkpoint in checkpoints:
             content = load_checkpoint(checkpoint, (*RUN, "step"))
-            rows.append(evaluate_run(name, content, load_model(content, device), [line for line in log if line["step"] <= content["step"]], device, cfg))
+            so_far = [line for line in log if line["step"] <= content["step"]]
+            rows.append(evaluate_run(name, content, load_model(content, device), so_far, tasks(content["tokenizer_hash"]), device, cfg))
             append(path.parent / "eval.jsonl", rows[-1] | dict(limit=cfg.limit, batch_size=cfg.batch_size, evaluated_on=str(device)))
     if cfg.model is not None:
         model, tokenizer = load_gpt(cfg.model, device)
         if tokenizer != "gpt2":
             raise UserError(f"model={cfg.model!r} is a run of ours, not GPT-2: name it without --model=")
         content = model_checkpoint(model, train_config=dict(method="gpt2", dataset=cfg.dataset), tokenizer="gpt2", tokenizer_hash="gpt2")
-        rows.append(evaluate_run(cfg.model, content, model, [], device, cfg))
+        rows.append(evaluate_run(cfg.model, content, model, [], tasks("gpt2"), device, cfg))
     return rows, logs
 
 

@@ -708,7 +708,7 @@ def fetch_gpt2():
         return Path(hf_hub_download(*file))
     except Exception as e:  # one of many kinds
         raise UserError(f"GPT-2 can't be fetched ({type(e).__name__}); run python concepts.py --download where there is a network, or bring "
-                        "pytorch_model.bin of openai-community/gpt2 and name its folder in place of gpt2") from e
+                        "pytorch_model.bin of openai-community/gpt2 and name its folder: --concept_model=FOLDER (eval.py: --model=FOLDER)") from e
 
 
 def _read_weights(path):

@@ -4,13 +4,28 @@
     python eval.py out/stdlib/ntp out/stdlib/cocomix --plot=curves.png        # and a picture of their logs
     python eval.py --compare out/stdlib/ntp out/stdlib/cocomix                # the course of training against the first run's, from the logs alone
     python eval.py                                                            # the newest checkpoint under out/
+    python eval.py out/stdlib/ntp --tasks=piqa,arc_easy --limit=100           # and tasks, on their first 100 documents
+    python eval.py --model=gpt2 --eval_data=DIR                               # GPT-2 on all seven, from files DIR/NAME.jsonl[.gz]
+    python eval.py out/stdlib/ntp --every                                     # all that train.py --keep_checkpoints kept
 
 Loss is the mean over all of val.bin, every token a target once, in blocks of block_size; perplexity is its
 exponential. The concept loss and the hit rate (the share of the label concepts that are among the concept_k
 predicted ones) are measured against the concept model the run was trained with.
+
+The paper's seven tasks give the numbers of lm-evaluation-harness 0.4. They run by themselves for a run in GPT-2's tokens,
+and for any run with --eval_data or --tasks. Everything is computed in float32. Each evaluation adds a line to eval.jsonl in
+the run's folder; --compare draws the paper's Figures 2 and 7 to 9 from them.
 """
+import functools
+import gzip
+import itertools
 import json
+import math
+import os
+import re
 import statistics
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,23 +36,33 @@ import torch
 import concepts
 import data
 from config import UserError, key
-from model import RUN, find_checkpoint, load_checkpoint, load_model, perplexity, pick_device
+from model import RUN, chunk_rows, find_checkpoint, load_checkpoint, load_gpt, load_model, model_checkpoint, perplexity, pick_device
 
 
 @dataclass(frozen=True)
 class Config:
     tokens: int | None = key(None, "tokens of val to evaluate (none: all)", low=2)
     batch_size: int = key(16, "sequences at once", low=1)
+    official: bool = key(False, "perplexity also as the official code has it: block_size - 1 targets a block, the remainder dropped")
+    tasks: str = key("auto", "all, none or names: piqa,arc_easy; auto: all for a run in GPT-2's tokens or with eval_data, else none", bare="all", follows=r"[a-z_,]+$")
+    eval_data: str | None = key(None, "folder with the tasks' documents, NAME.jsonl or NAME.jsonl.gz, fields as on the hub (none: from the hub)")
+    limit: int | None = key(None, "documents of each task, the first ones (none: all)", low=1)
+    model: str | None = key(None, "evaluate GPT-2 too: gpt2 (from the hub), or a folder or file of its weights")
+    dataset: str | None = key(None, "whose val.bin, in GPT-2's tokens, --model is evaluated on (none: on none)")
+    every: bool = key(False, "all checkpoints of a run (train.py --keep_checkpoints), not the last alone")
     compare: bool = key(False, "val loss over training and what the first run's end costs the others, read from the logs; nothing is evaluated")
     plot: str | None = key(None, "draw val loss against tokens, FLOPs and time into this .png, .svg or .pdf; no suffix: .png and .svg (--compare: out/compare)")
     write: str | None = key(None, "append the rows to this .jsonl file")
     device: str = key("auto", "cpu, cuda, mps; auto takes the fastest there is")
 
 
+# ---------------------------------------------------------------------------------------------------
+# Validation loss
+
 @torch.no_grad()
-def evaluate(content, device, tokens=None, batch_size=16):
-    """A checkpoint's content → dict: loss (nats), perplexity, and for a CoCoMix run concept_loss and hit_rate."""
-    model, concept_model = load_model(content, device), concepts.of_run(content, device)
+def evaluate(content, model, device, tokens=None, batch_size=16):
+    """A checkpoint's content and its model → dict: loss (nats), perplexity, and for a CoCoMix run concept_loss and hit_rate."""
+    concept_model = concepts.of_run(content, device)
     val = data.tokens_of_run(content, "val")[:None if tokens is None else tokens + 1]
     loss, concept_loss, hits, count = 0.0, 0.0, 0.0, 0
     with config.progress(len(val) - 1, "evaluate", "tok", unit_scale=True, leave=False) as bar:
@@ -60,6 +85,273 @@ def evaluate(content, device, tokens=None, batch_size=16):
     return row
 
 
+@torch.no_grad()
+def official_perplexity(content, model, device, tokens=None, batch_size=16):
+    """Perplexity as the official code has it: each block of block_size tokens predicts all but its first, what is left over is dropped."""
+    size = model.config.block_size
+    val = data.tokens_of_run(content, "val")[:tokens]
+    if len(val) < size:
+        raise UserError(f"official: val has {len(val)} tokens, less than one block of {size}")
+    blocks = torch.from_numpy(val[:len(val) // size * size].astype("int64")).view(-1, size).to(device)
+    loss = sum(model(rows[:, :-1], rows[:, 1:]).loss.item() * len(rows) for rows in blocks.split(batch_size))
+    return perplexity(loss / len(blocks))
+
+
+# ---------------------------------------------------------------------------------------------------
+# The seven tasks: prompts and preprocessing of lm-evaluation-harness 0.4, zero-shot
+
+class Question(NamedTuple):
+    """What a document asks of a model: how likely is each continuation after its context?"""
+    pairs: list    # [(context, continuation)], texts; context None: the whole text, in windows
+    gold: int = 0  # which pair is right
+
+
+class Task(NamedTuple):
+    hub: tuple       # its documents there: (dataset, configuration or None, split)
+    ask: Callable    # document → Question
+    score: Callable  # (document, Question, [(log-likelihood, is it the likeliest?) of each pair]) → {metric: (value, count)}, to be summed up
+    metrics: tuple   # the paper's first
+
+
+def choice(context, endings, gold):
+    return Question([(context, " " + ending) for ending in endings], int(gold))
+
+
+def score_choice(doc, question, answers):
+    """acc: the likeliest ending is right; acc_norm: the likeliest by its characters, the space before them not counted."""
+    whole = [loglikelihood for loglikelihood, _ in answers]
+    each = [loglikelihood / max(1, len(ending) - 1) for loglikelihood, (_, ending) in zip(whole, question.pairs)]
+    return {name: (scores.index(max(scores)) == question.gold, 1) for name, scores in (("acc", whole), ("acc_norm", each))}
+
+
+def hellaswag(doc):
+    def clean(text):  # brackets are left over from WikiHow
+        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+    return choice(clean(f"{doc['activity_label']}: {doc['ctx_a']} {doc['ctx_b'].capitalize()}"), map(clean, doc["endings"]), doc["label"])
+
+
+def piqa(doc):
+    return choice(f"Question: {doc['goal']}\nAnswer:", (doc["sol1"], doc["sol2"]), doc["label"])
+
+
+def social_iqa(doc):
+    return choice(f"Q: {doc['context']} {doc['question']}\nA:", (doc["answerA"], doc["answerB"], doc["answerC"]), int(doc["label"]) - 1)
+
+
+def arc_easy(doc):
+    return choice(f"Question: {doc['question']}\nAnswer:", doc["choices"]["text"], doc["choices"]["label"].index(doc["answerKey"]))
+
+
+def winogrande(doc):  # the options end the context; what follows the gap is the continuation of both
+    before, _, after = doc["sentence"].partition("_")
+    return Question([(before + doc[option], " " + after.strip()) for option in ("option1", "option2")], int(doc["answer"]) - 1)
+
+
+def lambada(doc):
+    start, _, last_word = doc["text"].rpartition(" ")
+    return Question([(start, " " + last_word)])
+
+
+def score_lambada(doc, question, answers):
+    (loglikelihood, likeliest), = answers
+    return dict(perplexity=(loglikelihood, 1), acc=(likeliest, 1))
+
+
+UNDO_SPACING = (  # of WikiText: pattern → replacement, in this order
+    ("s '", "s'"), (r"/' [0-9]/", "/'[0-9]/"), (" @-@ ", "-"), (" @,@ ", ","), (r" @\.@ ", "."), *((rf" \{mark} ", f"{mark} ") for mark in ":;.!?,"),
+    *((rf"\{a}\s*([^\{b}]*?)\s*\{b}", rf"{a}\1{b}") for a, b in ("()", "[]", "{}", '""', "''")),
+    ("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" ° ", "°"), (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s"))
+
+
+def wikitext(doc):
+    return Question([(None, functools.reduce(lambda text, edit: re.sub(*edit, text), UNDO_SPACING, doc["page"]))])
+
+
+def score_wikitext(doc, question, answers):  # words and bytes of the page as it was
+    total = sum(loglikelihood for loglikelihood, _ in answers)
+    return dict(word_perplexity=(total, len(re.split(r"\s+", doc["page"]))), byte_perplexity=(total, len(doc["page"].encode())))
+
+
+TASKS = dict(
+    lambada_openai=Task(("EleutherAI/lambada_openai", "default", "test"), lambada, score_lambada, ("perplexity", "acc")),
+    wikitext=Task(("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test"), wikitext, score_wikitext, ("word_perplexity", "byte_perplexity")),
+    hellaswag=Task(("Rowan/hellaswag", None, "validation"), hellaswag, score_choice, ("acc_norm", "acc")),
+    piqa=Task(("baber/piqa", None, "validation"), piqa, score_choice, ("acc", "acc_norm")),
+    social_iqa=Task(("lighteval/siqa", None, "validation"), social_iqa, score_choice, ("acc",)),
+    arc_easy=Task(("allenai/ai2_arc", "ARC-Easy", "test"), arc_easy, score_choice, ("acc", "acc_norm")),
+    winogrande=Task(("allenai/winogrande", "winogrande_xl", "validation"), winogrande, score_choice, ("acc",)))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Log-likelihoods
+
+def encode(tokenizer, context, continuation, block_size):
+    """Two texts → [(context, continuation)] in tokens, split as the harness splits them.
+
+    White space at the context's end goes to the continuation, whose tokens are those of the joined text beyond the context's; an
+    empty context is the end-of-text token. Context None: the text in windows of block_size targets, the first after the end-of-text
+    token, the next each after the one token before it; the last and shorter one with a full window of context.
+    """
+    if context is not None:
+        before = tokenizer.encode_ordinary(context.rstrip())
+        return [(before or [tokenizer.eot_token], tokenizer.encode_ordinary(context + continuation)[len(before):])]
+    tokens = [tokenizer.eot_token] + tokenizer.encode_ordinary(continuation)
+    ends = [*range(block_size + 1, len(tokens), block_size), len(tokens)]
+    return [(tokens[max(0, end - block_size - 1):start], tokens[start:end]) for start, end in zip([1, *ends], ends) if start < end]
+
+
+class Sequence(NamedTuple):
+    """What goes through the model as one row: a context and then, one after the other, what follows it in each of the pairs."""
+    tokens: list     # T
+    positions: list  # T: of each token in its own text
+    branch: list     # T: 0 for what the pairs share, 1, 2, … for what is a pair's own
+    scored: list     # [(place in tokens, the token that should come next, the pair's number)]
+
+
+def side_by_side(pairs, block_size):
+    """{number: (context, continuation) in tokens} → one Sequence."""
+    texts = {i: (context + continuation)[-block_size - 1:] for i, (context, continuation) in pairs.items()}
+    tokens = list(os.path.commonprefix([text[:-1] for text in texts.values()]))
+    shared = len(tokens)
+    positions, branch, scored = list(range(shared)), [0] * shared, []
+    for n, (i, text) in enumerate(texts.items(), 1):
+        end, before = len(text) - 1, len(tokens) - shared  # tokens of other pairs before this one's own
+        tokens += text[shared:end]
+        positions += range(shared, end)
+        branch += [n] * (end - shared)
+        scored += [(at if at < shared else at + before, text[at + 1], i) for at in range(max(0, end - len(pairs[i][1])), end)]
+    return Sequence(tokens, positions, branch, scored)
+
+
+@torch.no_grad()
+def loglikelihoods(model, questions, batch_size, title="evaluate"):
+    """[[(context, continuation), …] a question], in tokens → [[(log-likelihood in nats, is it the likeliest?), …] a question].
+
+    Of context and continuation the last block_size + 1 tokens are kept; a continuation that is longer, which the harness refuses,
+    counts by its end. A question is one sequence: the keys and values of its context are computed once, and each continuation sees
+    them and itself. Texts that fill the model's window are sequences of their own: cut, they begin at different tokens. The plain
+    way is a sequence a pair.
+    """
+    size, device = model.config.block_size, model.wte.weight.device
+    numbers, total, sequences = itertools.count(), sum(map(len, questions)), []
+    for question in questions:
+        pairs = {i: pair for pair, i in zip(question, numbers)}
+        full = any(len(context) + len(continuation) > size for context, continuation in question)
+        sequences += [side_by_side(group, size) for group in ([{i: pair} for i, pair in pairs.items()] if full else [pairs]) if group]
+    sequences.sort(key=lambda sequence: len(sequence.tokens), reverse=True)
+    loglikelihood, likeliest = torch.zeros(total, dtype=torch.float64), torch.ones(total, dtype=torch.bool)
+    with config.progress(total, title, "text", leave=False) as bar:
+        for i in range(0, len(sequences), batch_size):
+            batch = sequences[i:i + batch_size]
+            width = len(batch[0].tokens)
+            tokens, positions, branch = (torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device) for rows in list(zip(*batch))[:3])
+            mask = ((branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])).tril() if branch.any() else None
+            h = model.blocks(model.embed(tokens, positions=positions), 0, model.config.n_layer, mask=mask)[0].flatten(0, 1)
+            at, token, pair = torch.tensor([(width * row + place, token, i) for row, sequence in enumerate(batch) for place, token, i in sequence.scored]).T
+            logp, best = next_token(model, h, at.to(device), token.to(device))
+            loglikelihood.index_add_(0, pair, logp.cpu().double())
+            likeliest[pair[~best.cpu()]] = False
+            bar.update(len(pair.unique()))
+    answers = iter(zip(loglikelihood.tolist(), likeliest.tolist()))
+    return [list(itertools.islice(answers, len(pairs))) for pairs in questions]
+
+
+def next_token(model, h, at, token):
+    """Hidden states h (N, d), at the places `at` (M,): (the log-probability that `token` (M,) comes next, whether it is the likeliest), (M,).
+    Logits are made for these places alone, each once, a few at a time."""
+    places, which = at.unique(return_inverse=True)
+    logp, best = h.new_empty(len(at)), torch.empty_like(at, dtype=torch.bool)
+    rows = chunk_rows(h.device, model.config.vocab_size)
+    for i in range(0, len(places), rows):
+        z = model.head(h[places[i:i + rows]])
+        here = (which >= i) & (which < i + rows)
+        row = which[here] - i
+        largest, argmax = z.max(-1, keepdim=True)
+        above = z[row, token[here]] - largest[row, 0]  # before z is overwritten
+        logp[here] = above - z.sub_(largest).exp_().sum(-1).log()[row]
+        best[here] = argmax[row, 0] == token[here]
+    return logp, best
+
+
+# ---------------------------------------------------------------------------------------------------
+# From documents to numbers
+
+def documents(name, folder, limit):
+    """The documents of a task, dicts with the hub's fields: from folder/NAME.jsonl[.gz], without a folder from the hub."""
+    dataset, configuration, split = TASKS[name].hub
+    if folder is None:
+        try:
+            import logging
+
+            import datasets
+            logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news; what fails is said below
+            datasets.disable_progress_bars()
+            print(f"fetching {dataset}", flush=True)
+            return list(itertools.islice(datasets.load_dataset(dataset, configuration, split=split), limit))
+        except Exception as e:  # offline it raises one of many kinds
+            raise UserError(f"{dataset} can't be fetched ({type(e).__name__}); with no network, bring the documents as DIR/{name}.jsonl: --eval_data=DIR") from e
+    path = next((path for path in (Path(folder, f"{name}.jsonl"), Path(folder, f"{name}.jsonl.gz")) if path.is_file()), None)
+    if path is None:
+        raise UserError(f"no {name}.jsonl or {name}.jsonl.gz in {folder}: the documents of {dataset}, a JSON object a line; --tasks chooses other tasks")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            found = [json.loads(line) for line in itertools.islice(file, limit)]
+    except (ValueError, EOFError, gzip.BadGzipFile) as e:
+        raise UserError(f"{path} can't be read as a JSON object a line ({type(e).__name__}): cut short or damaged") from e
+    if not found:
+        raise UserError(f"{path} is empty: expected the documents of {dataset}, a JSON object a line")
+    return found
+
+
+def mean_and_error(parts):
+    """[(value, count)] of documents → (Σ value / Σ count, its standard error: that of a mean, or of a ratio where counts differ)."""
+    n, count = len(parts), sum(c for _, c in parts)
+    mean = math.fsum(x for x, _ in parts) / count
+    spread = math.fsum((x - mean * c) ** 2 for x, c in parts)
+    return mean, math.sqrt(spread * n / (n - 1)) / count if n > 1 else None
+
+
+def run_task(name, docs, model, tokenizer, batch_size):
+    """One task → dict: NAME/METRIC and NAME/METRIC_stderr for each of its metrics; NAME/examples, NAME/cut (texts that lost their
+    start, being longer than block_size + 1 tokens), NAME/seconds.
+
+    Standard errors of accuracies are the harness's. That of a perplexity is the perplexity times that of the mean log-likelihood; the
+    harness resamples LAMBADA's, which comes to the same where it is small beside the perplexity, and gives none for WikiText.
+    """
+    task, size, start = TASKS[name], model.config.block_size, time.perf_counter()
+    try:
+        questions = [task.ask(doc) for doc in docs]
+    except (KeyError, ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"{name}: a document has not the fields of {task.hub[0]} ({type(e).__name__}: {e})") from e
+    pairs = [[pair for texts in question.pairs for pair in encode(tokenizer, *texts, size)] for question in questions]
+    answers = loglikelihoods(model, pairs, batch_size, name)
+    parts = [task.score(*each) for each in zip(docs, questions, answers)]
+    row = {}
+    for metric in task.metrics:
+        value, error = mean_and_error([part[metric] for part in parts])
+        if "perplexity" in metric:
+            value = perplexity(-value)
+            error = error and value * error
+        row |= {f"{name}/{metric}": value, f"{name}/{metric}_stderr": error}
+    cut = sum(len(context) + len(continuation) > size + 1 for question in pairs for context, continuation in question)
+    return row | {f"{name}/examples": len(docs), f"{name}/cut": cut, f"{name}/seconds": time.perf_counter() - start}
+
+
+# The paper's eight measures, as Table 1 heads them, and its plain means over some of them
+MEASURES = {"perplexity": "val ppl", "lambada_openai/perplexity": "LAMBADA ppl", "wikitext/word_perplexity": "WikiText ppl", "hellaswag/acc_norm": "HellaSwag",
+            "piqa/acc": "PIQA", "social_iqa/acc": "SIQA", "arc_easy/acc": "ARC-e", "winogrande/acc": "WinoG"}
+AVERAGES = dict(average_perplexity=slice(0, 3), task_perplexity=slice(1, 3), average_accuracy=slice(3, 8))  # Table 1, Figures 2 and 4, both
+
+
+def averages(row):
+    """Those of AVERAGES that have all their parts in row."""
+    parts = {name: [row.get(measure) for measure in list(MEASURES)[which]] for name, which in AVERAGES.items()}
+    return {name: statistics.fmean(values) for name, values in parts.items() if None not in values}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Tables and curves
+
 def training(log):
     """What a run's log says of its training: steps, tokens, seconds, tokens/s, FLOPs a token, machine."""
     start = log[0]
@@ -71,12 +363,26 @@ def training(log):
 
 COLUMNS = (("run", "run", "{}"), ("method", "method", "{}"), ("mix", "mix", "{}"), ("select", "labels by", "{}"), ("loss", "val loss", "{:.4f}"), ("perplexity", "perplexity", "{:.2f}"), ("tokens", "tokens", "{:,}"),
            ("tokens_per_s", "tokens/s", "{:,.0f}"), ("seconds", "train s", "{:.0f}"), ("active_params", "active", "{:,}"), ("params", "params", "{:,}"),
-           ("concept_loss", "concept loss", "{:.3f}"), ("hit_rate", "hit rate", "{:.1%}"))
+           ("concept_loss", "concept loss", "{:.3f}"), ("hit_rate", "hit rate", "{:.1%}"), ("official_perplexity", "official ppl", "{:.2f}"))
+TABLE_1 = (("run", "run", "{}"), ("tokens", "tokens", "{:,}"), *((measure, title, "{:,.2f}" if title.endswith("ppl") else "{:.1%}") for measure, title in MEASURES.items()),
+           ("average_perplexity", "avg ppl", "{:,.2f}"), ("average_accuracy", "avg acc", "{:.1%}"))
+DETAILS = (("task", "task", "{}"), ("metric", "metric", "{}"), ("value", "value", "{:,.4f}"), ("stderr", "± stderr", "{:,.4f}"), ("examples", "examples", "{:,}"),
+           ("cut", "cut", "{:,}"), ("seconds", "seconds", "{:.1f}"), ("speed", "examples/s", "{:.1f}"))
 
 
-def table(rows):
-    """Rows (dicts) as lines of text, a column for each of COLUMNS that some row has; – where one has no value."""
-    columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows)]
+def details(row, names):
+    """The rows of a table of all metrics of the tasks `names`, with their standard errors and how long each task took."""
+    rows = []
+    for name in names:
+        examples, cut, seconds = (row[f"{name}/{what}"] for what in ("examples", "cut", "seconds"))
+        rows += [dict(task=name, metric=metric, value=row[f"{name}/{metric}"], stderr=row[f"{name}/{metric}_stderr"]) for metric in TASKS[name].metrics]
+        rows[-len(TASKS[name].metrics)] |= dict(examples=examples, cut=cut, seconds=seconds, speed=examples / seconds)
+    return rows
+
+
+def table(rows, columns=COLUMNS):
+    """Rows (dicts) as lines of text, a column for each of columns that some row has; – where one has no value."""
+    columns = [column for column in columns if any(row.get(column[0]) is not None for row in rows)]
     cells = [[title for _, title, _ in columns]] + [["–" if row.get(name) is None else form.format(row[name]) for name, _, form in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     left = [form == "{}" for _, _, form in columns]
@@ -187,27 +493,126 @@ def plot(path, runs):
         axis.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=""))
     axes[0].set_ylabel("validation loss (nats a token)")
     axes[0].legend(frameon=False)
-    paths = [Path(path)] if Path(path).suffix else [Path(f"{path}.png"), Path(f"{path}.svg")]
+    return save_pictures(figure, Path(path))
+
+
+def save_pictures(figure, path):
+    """Write a figure and close it: to path, without a suffix to a .png and an .svg; returns the paths as text."""
+    paths = [path] if path.suffix else [Path(f"{path}.png"), Path(f"{path}.svg")]
     for path in paths:
         config.save_figure(figure, path)
-    plt.close(figure)
+    config.pyplot().close(figure)
     return " ".join(map(str, paths))
 
 
-def evaluate_run(name, path, device, cfg):
-    """(a row of the table, the log's lines or None) for the checkpoint at path."""
-    content = load_checkpoint(path, RUN)
+def panels(path, evaluations):
+    """The paper's measures against training tokens, a line a run, from {name: lines of its eval.jsonl}, beside path: NAME-averages as
+    Figure 2 has them, NAME-tasks as Figures 7 to 9. Of several evaluations of a checkpoint the last of the fullest stands. Returns the paths."""
+    plt, path, courses = config.pyplot(), Path(path), {}
+    for name, lines in evaluations.items():
+        at = {}
+        for line in sorted(lines, key=lambda line: (line["limit"] or math.inf, line.get("val_tokens", 0))):
+            at.setdefault(line["tokens"], {}).update(line)
+        courses[name] = sorted(at.items())
+    titles = {**MEASURES, "task_perplexity": "mean ppl (LAMBADA, WikiText)", "average_accuracy": "mean accuracy (5 tasks)"}
+    written = []
+    for which, measures, (rows, columns) in (("averages", ("perplexity", "task_perplexity", "average_accuracy"), (1, 3)), ("tasks", MEASURES, (2, 4))):
+        figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 3 * rows), layout="constrained")
+        for axis, measure in zip(axes.flat, measures):
+            for name, course in courses.items():
+                points = [(tokens, line[measure]) for tokens, line in course if measure in line]
+                axis.plot([tokens for tokens, _ in points], [value for _, value in points], marker="o", markersize=3, label=name)
+            axis.set_title(titles[measure], fontsize=10)
+            axis.grid(alpha=0.3)
+            axis.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=""))
+            if "acc" in measure:
+                axis.yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1, decimals=1))
+        figure.supxlabel("training tokens", fontsize=10)
+        axes.flat[0].legend(frameon=False)
+        written.append(save_pictures(figure, path.with_stem(f"{path.stem}-{which}")))
+    return " ".join(written)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The command
+
+def chosen_tasks(cfg, tokenizer):
+    """{name: documents} of the tasks that are to run for a model of this tokenizer (its hash)."""
+    by_itself = cfg.tasks == "auto" and not cfg.eval_data
+    if cfg.tasks == "none" or by_itself and tokenizer != "gpt2":
+        return {}
+    names = TASKS if cfg.tasks in ("all", "auto") else cfg.tasks.split(",")
+    for name in names:
+        if name not in TASKS:
+            raise UserError(f"tasks={cfg.tasks!r}: no task {name!r}; there are {', '.join(TASKS)}")
+    try:
+        return {name: documents(name, cfg.eval_data, cfg.limit) for name in names}
+    except UserError as e:
+        if not by_itself:
+            raise
+        print(f"the tasks are left out: {e}")
+        return {}
+
+
+def evaluate_run(name, content, model, log, tasks, device, cfg):
+    """A row of the tables for a checkpoint's content and its model; log: the run's lines so far, maybe none; tasks {name: documents}.
+    Prints the tasks' details."""
     trained = content["train_config"]
     row = dict(run=name, method=trained["method"])
-    if trained["method"] != "ntp":
+    if model.config.insert != "none":
         row["mix"] = trained["mix"]
     if trained["method"] == "cocomix":
         row["select"] = trained["select"]
-    log_path = path.parent / "log.jsonl"
-    log = config.read_log(log_path) if log_path.is_file() else None
     if log:
         row |= training(log)
-    return row | evaluate(content, device, cfg.tokens, cfg.batch_size), log
+    if "step" in content:
+        row |= dict(step=content["step"], tokens=content["step"] * trained["batch_size"] * trained["block_size"])
+    if trained["dataset"] is not None:
+        row |= evaluate(content, model, device, cfg.tokens, cfg.batch_size)
+        if cfg.official:
+            row["official_perplexity"] = official_perplexity(content, model, device, cfg.tokens, cfg.batch_size)
+    elif not tasks:
+        raise UserError(f"nothing to evaluate {name} on: --dataset=NAME names a val.bin in GPT-2's tokens, --eval_data=DIR the tasks' documents")
+    if tasks:
+        tokenizer = data.load_tokenizer(content["tokenizer"])
+        for task, docs in tasks.items():
+            row |= run_task(task, docs, model, tokenizer, cfg.batch_size)
+        row |= averages(row)
+        after = f" after {row['tokens']:,} tokens" if "tokens" in row else ""
+        print(f"{name}{after}, on {device}:\n{table(details(row, tasks), DETAILS)}\n")
+    return row
+
+
+def append(path, row):
+    """Add a row to a .jsonl file."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+
+
+def evaluate_all(cfg, runs, device):
+    """Evaluate runs, and cfg.model: (rows of the tables, {name: log}). Each checkpoint's row goes to its run's eval.jsonl."""
+    rows, logs, tasks = [], {}, functools.cache(functools.partial(chosen_tasks, cfg))
+    for name, path in named([find_checkpoint(run) for run in runs or [None][:cfg.model is None]]):
+        checkpoints = sorted(path.parent.glob("step_*.pt"), key=lambda p: int(p.stem[5:])) if cfg.every else [path]
+        if not checkpoints:
+            raise UserError(f"{path.parent} holds its last checkpoint only; with --keep_checkpoints train.py keeps those that --every evaluates")
+        log_path = path.parent / "log.jsonl"
+        log = config.read_log(log_path) if log_path.is_file() else []
+        if log:
+            logs[name] = log
+        for checkpoint in checkpoints:
+            content = load_checkpoint(checkpoint, (*RUN, "step"))
+            so_far = [line for line in log if line["step"] <= content["step"]]
+            rows.append(evaluate_run(name, content, load_model(content, device), so_far, tasks(content["tokenizer_hash"]), device, cfg))
+            append(path.parent / "eval.jsonl", rows[-1] | dict(limit=cfg.limit, batch_size=cfg.batch_size, evaluated_on=str(device)))
+    if cfg.model is not None:
+        model, tokenizer = load_gpt(cfg.model, device)
+        if tokenizer != "gpt2":
+            raise UserError(f"model={cfg.model!r} is a run of ours, not GPT-2: name it without --model=")
+        content = model_checkpoint(model, train_config=dict(method="gpt2", dataset=cfg.dataset), tokenizer="gpt2", tokenizer_hash="gpt2")
+        rows.append(evaluate_run(cfg.model, content, model, [], tasks("gpt2"), device, cfg))
+    return rows, logs
 
 
 def main(argv):
@@ -217,24 +622,24 @@ def main(argv):
     if cfg.write and Path(cfg.write).is_dir():
         raise UserError(f"{cfg.write} is a folder; name a file in it")
     device = pick_device(cfg.device)
+    torch.set_float32_matmul_precision("highest")  # the harness's numbers; TF32's rounding would show in them
     if cfg.compare:
         if not runs:
             raise UserError("--compare needs runs, or logs of runs: python eval.py --compare out/A out/B")
-        logs = {name: config.read_log(path) for name, path in named([log_of(run) for run in runs])}
+        paths = dict(named([log_of(run) for run in runs]))
+        logs, picture = {name: config.read_log(path) for name, path in paths.items()}, cfg.plot or "out/compare"
         print(course(curves(logs)))
-        print(f"curves: {plot(cfg.plot or 'out/compare', curves(logs))}")
+        print(f"curves: {plot(picture, curves(logs))}")
+        evaluations = {name: config.read_log(path.with_name("eval.jsonl")) for name, path in paths.items() if path.name == "log.jsonl" and path.with_name("eval.jsonl").is_file()}
+        if any("/" in measure for lines in evaluations.values() for line in lines for measure in line):
+            print(f"tasks: {panels(picture, evaluations)}")
         return
-    rows, logs = [], {}
-    for name, path in named([find_checkpoint(run) for run in runs or [None]]):
-        row, log = evaluate_run(name, path, device, cfg)
-        rows.append(row)
-        if log:
-            logs[name] = log
+    rows, logs = evaluate_all(cfg, runs, device)
     print(table(rows))
-    if cfg.write:
-        Path(cfg.write).parent.mkdir(parents=True, exist_ok=True)
-        with open(cfg.write, "a") as file:
-            file.writelines(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n" for row in rows)
+    if any("/" in key for row in rows for key in row):
+        print("\n" + table(rows, TABLE_1))
+    for row in rows if cfg.write else ():
+        append(cfg.write, row)
     if cfg.plot:
         if not logs:
             raise UserError("nothing to draw: no log.jsonl beside these checkpoints")

@@ -282,7 +282,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout = config.n_head, config.dropout
 
-    def forward(self, x, queries=None, cache=None):
+    def forward(self, x, queries=None, cache=None, mask=None):
         B, T, d = x.shape
         if queries is None:
             q, k, v = self.c_attn(x).split(d, dim=-1)
@@ -295,8 +295,9 @@ class Attention(nn.Module):
         if cache is not None:
             past = cache.length
             k, v = cache.append(k, v)
-        mask = None
-        if past or queries is not None:  # query i stands at position past + i, and sees the keys up to itself
+        if mask is not None:
+            mask = mask[:, None] if queries is None else mask[:, None, queries]  # (B, 1, queries, keys)
+        elif past or queries is not None:  # query i stands at position past + i, and sees the keys up to itself
             at = torch.arange(past, past + T, device=x.device)
             mask = (at if queries is None else at[queries])[:, None] >= torch.arange(past + T, device=x.device)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout if self.training else 0.0)
@@ -322,9 +323,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, queries=None, cache=None):
+    def forward(self, x, queries=None, cache=None, mask=None):
         """(B, T, d) → (B, T, d), or the positions x[:, queries] alone: the others serve as keys only."""
-        x = (x if queries is None else x[:, queries]) + self.drop(self.attn(self.ln_1(x), queries, cache))
+        x = (x if queries is None else x[:, queries]) + self.drop(self.attn(self.ln_1(x), queries, cache, mask))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
@@ -457,26 +458,29 @@ class GPT(nn.Module):
 
     # -- forward ------------------------------------------------------------------------------------
 
-    def embed(self, idx, past=0):
-        """Tokens (B, T) → (B, T, d), the first at position `past`."""
-        return self.drop(self.wte(idx) + self.wpe.weight[past:past + idx.shape[1]])
+    def embed(self, idx, past=0, positions=None):
+        """Tokens (B, T) → (B, T, d), the first at position `past`, or each at its own of `positions` (B, T)."""
+        return self.drop(self.wte(idx) + (self.wpe.weight[past:past + idx.shape[1]] if positions is None else self.wpe(positions)))
 
-    def blocks(self, x, start, stop, labels=None, scale=None, cache=None):
+    def blocks(self, x, start, stop, labels=None, scale=None, cache=None, mask=None):
         """Hidden states at the input of block `start` → those after block stop-1, and what `inserted` gave.
 
         (B, T, d) → (B, T, d); where the last block has run over interleaved positions, it gives the T concept
-        positions alone, since nothing reads the others (they still serve as its keys).
+        positions alone, since nothing reads the others (they still serve as its keys). mask (B, T, T) bool: which
+        tokens each one sees (none: all up to itself); only earlier ones and itself.
         """
         config, concepts, concept_loss = self.config, None, None
         for i in range(start, stop):
             if self.inserted is not None and i == config.insert_layer:
                 c, concepts, concept_loss = self.inserted(x, labels, scale)
                 x = mix(x, c, config.mix)  # (B, 2T, d) if interleaved
+                if mask is not None and config.interleaved:  # two positions a token; the first does not see the second
+                    mask = mask.repeat_interleave(2, 1).repeat_interleave(2, 2).tril()
             queries = slice(1, None, 2) if config.interleaved and i == config.n_layer - 1 else None
             if self.checkpoint_blocks and torch.is_grad_enabled():  # only its input is kept; the backward runs it again
                 x = checkpoint(self.h[i], x, queries, use_reentrant=False)
             else:
-                x = self.h[i](x, queries, None if cache is None else cache[i])
+                x = self.h[i](x, queries, None if cache is None else cache[i], mask)
         return x, concepts, concept_loss
 
     def forward(self, idx, targets=None, labels=None, scale=None, teacher=None, kd_weight=0.0):
@@ -700,7 +704,7 @@ def load_gpt(name, device="cpu"):
         weights = fetch_gpt2()
     if weights.name == "ckpt.pt" or weights.suffix not in (".bin", ".safetensors"):
         if name.startswith("gpt2-") and not folder.exists():
-            raise UserError(f"concept_model={name!r}: only gpt2 is fetched by name; bring its files and name their folder")
+            raise UserError(f"{name!r}: only gpt2 is fetched by name; bring its files and name their folder")
         content = load_checkpoint(weights, ("model_config", "model", "tokenizer_hash"))
         model, tokenizer = load_model(content, device), content["tokenizer_hash"]
     else:
@@ -726,7 +730,7 @@ def fetch_gpt2():
         return Path(hf_hub_download(*file))
     except Exception as e:  # one of many kinds
         raise UserError(f"GPT-2 can't be fetched ({type(e).__name__}); run python concepts.py --download where there is a network, or bring "
-                        "pytorch_model.bin of openai-community/gpt2 and name its folder: --concept_model=FOLDER") from e
+                        "pytorch_model.bin of openai-community/gpt2 and name its folder: --concept_model=FOLDER (eval.py: --model=FOLDER)") from e
 
 
 def _read_weights(path):

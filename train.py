@@ -66,6 +66,7 @@ class Config(LabelKeys):  # the keys that choose data and labels stand in concep
     out_dir: str = key("out/run", "where ckpt.pt and log.jsonl go")
     eval_interval: int = key(1000, "steps between evaluations, each with a checkpoint", low=1)
     eval_iters: int = key(20, "batches of batch_size val sequences an evaluation", low=1)
+    keep_checkpoints: bool = key(False, "keep the model of every evaluation, as step_N.pt, for eval.py --every")
     log_interval: int = key(10, "steps between two lines of the log", low=1)
     compile: bool | Literal["auto"] = key("auto", "torch.compile; auto: on CUDA")
     checkpoint_blocks: bool = key(False, "keep only the blocks' inputs for the backward and run them again there: less memory, a third more time")
@@ -78,7 +79,7 @@ class Config(LabelKeys):  # the keys that choose data and labels stand in concep
 
 
 # A run may be resumed with other values of these; the rest decides its losses.
-FREE = ("out_dir", "eval_interval", "log_interval", "micro_batch_size", "device", "compile", "checkpoint_blocks", "resume", "overwrite",
+FREE = ("out_dir", "eval_interval", "keep_checkpoints", "log_interval", "micro_batch_size", "device", "compile", "checkpoint_blocks", "resume", "overwrite",
         "wandb_log", "wandb_project", "wandb_run_name")
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}  # dense bf16
@@ -356,11 +357,11 @@ def main(argv):
     if disk is not None:  # what is left to ask of the concept model: its distribution, or nothing
         guided, concept_model = taught, concept_model.without_concepts() if taught else None
 
+    run = dict(train_config=asdict(cfg), tokenizer=meta["tokenizer"], tokenizer_hash=meta["tokenizer_hash"])
+
     def save():
         if ranks.first:
-            save_checkpoint(checkpoint, **model_checkpoint(
-                model, train_config=asdict(cfg), tokenizer=meta["tokenizer"], tokenizer_hash=meta["tokenizer_hash"], optimizer=optimizer.state_dict(),
-                step=step, seconds=seconds, val_loss=val_loss, best_val_loss=best))
+            save_checkpoint(checkpoint, **model_checkpoint(model, **run, optimizer=optimizer.state_dict(), step=step, seconds=seconds, val_loss=val_loss, best_val_loss=best))
         ranks.wait()
 
     def evaluation():
@@ -381,6 +382,8 @@ def main(argv):
     with config.Stop() as stop, config.progress(cfg.max_iters * tokens_a_step, cfg.method, "tok", initial=step * tokens_a_step, unit_scale=True) as bar:
         model.train()
         if step == 0:
+            for stale in (*out.glob("step_*.pt"), *out.glob("eval.jsonl")):  # of a run that this one overwrites
+                stale.unlink()
             evaluation()
             save()
         since, clock = step, time.perf_counter()
@@ -431,6 +434,8 @@ def main(argv):
                     evaluation()
                 if at_eval or stopping:
                     save()
+                if at_eval and cfg.keep_checkpoints and ranks.first:
+                    save_checkpoint(out / f"step_{step}.pt", **model_checkpoint(model, **run, step=step))
                 since, clock = step, time.perf_counter()
             if stopping and not last:
                 ranks.leave()

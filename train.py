@@ -272,8 +272,6 @@ def read_config(argv):
         raise UserError(f"min_lr={cfg.min_lr} is over learning_rate={cfg.learning_rate}: the rate falls from the one to the other")
     if cfg.resume and cfg.overwrite:
         raise UserError("--resume and --overwrite exclude each other: go on with the run, or start it again?")
-    if inserted(cfg) in ("concept", "hidden") and cfg.mix == "none" and not cfg.concept_weight:
-        raise UserError("mix='none' with concept_weight=0 would predict concepts for nothing: that is method='ntp'")
     return cfg
 
 
@@ -322,6 +320,8 @@ def main(argv):
         disk = open_labels(concept_model, cfg)
     torch.manual_seed(cfg.seed)  # here, so that what all methods share starts the same
     model = GPT(model_config(cfg, vocab_size, n_concepts, hidden_size)).to(device) if content is None else load_model(content, device)
+    if predicts and cfg.mix == "none" and not cfg.concept_weight:
+        model.inserted.requires_grad_(False)  # it takes no part, and DDP would wait for its gradient
     model.checkpoint_blocks = cfg.checkpoint_blocks
     micro = micro_batch(cfg, cfg.batch_size // ranks.size, model, concept_model, device)
     optimizer = make_optimizer(model, cfg, device)

@@ -140,7 +140,6 @@ TABLE = {  # what is wrong: (command, arguments, what the line must say)
     "a rate that would rise": (train.main, "--dataset={dataset} --min_lr=1", "min_lr=1.0 is over learning_rate=0.001", ""),
     "resume and overwrite": (train.main, "--dataset={dataset} --resume --overwrite", "exclude each other", ""),
     "pause vectors that are not inserted": (train.main, "--dataset={dataset} --method=pause --mix=none", "insert nothing", "method='ntp'"),
-    "concepts predicted for nothing": (train.main, "{cocomix} --mix=none --concept_weight=0", "concept_weight=0", "method='ntp'"),
     "more memory than there is": (train.main, "--dataset={dataset} --n_embd=1099511627776", "out of memory", "--micro_batch_size"),
     "a loss that overflows": (train.main, "--dataset={dataset} --learning_rate=1e30 --grad_clip=0", "not finite", "learning_rate below"),
     "a GPT-2 that is not fetched by name": (train.main, "--dataset={dataset} --method=cocomix --concept_model=gpt2-xl", "only gpt2 is fetched", ""),

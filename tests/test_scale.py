@@ -32,7 +32,7 @@ def guided(chain, method, *more):
 # -- torch.compile --------------------------------------------------------------------------------------
 
 METHODS = {"cocomix": [], "ntp": [], "kd": [], "pause_kd": [], "cocomix_kd": [], "cocomix, eq. 1": ["--attribution=paper"], "cocomix, activation": ["--select=activation"],
-           "cocomix, predicted only": ["--mix=none"], "cocomix, hidden": ["--target=cos", "--checkpoint_blocks"], "cocomix, not learned": ["--concept_weight=0"],
+           "cocomix, predicted only": ["--mix=none"], "cocomix, hidden": ["--target=cos", "--checkpoint_blocks"], "cocomix, not learned": ["--concept_weight=0"], "cocomix, without effect": ["--mix=none", "--concept_weight=0"],
            "cocomix, dropout": ["--dropout=0.1", "--checkpoint_blocks"]}
 
 
@@ -281,7 +281,7 @@ config.Log = Crashing
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, processes, then", [("ntp", 4, 1), ("cocomix_kd", 2, 4), ("cocomix, hidden", 4, 2), ("pause_kd", 1, 2)])
+@pytest.mark.parametrize("name, processes, then", [("ntp", 4, 1), ("cocomix_kd", 2, 4), ("cocomix, hidden", 4, 2), ("pause_kd", 1, 2), ("cocomix, without effect", 2, 2)])
 def test_a_run_goes_on_with_another_number_of_processes(name, processes, then, chain, dataset, tmp_path):
     argv = [*FIVE, f"--dataset={dataset}", *guided(chain, name.split(",")[0], *METHODS[name])]
     alone([*argv, f"--out_dir={tmp_path / 'one'}"])

@@ -3,11 +3,13 @@
     python eval.py out/stdlib/ntp out/stdlib/cocomix                          # one table
     python eval.py out/stdlib/ntp out/stdlib/cocomix --plot=curves.png        # and a picture of their logs
     python eval.py --compare out/stdlib/ntp out/stdlib/cocomix                # the course of training against the first run's, from the logs alone
+    python eval.py out/stdlib/cocomix --steering --plot=steering.png          # what turning its concepts does, and what it costs
     python eval.py                                                            # the newest checkpoint under out/
 
 Loss is the mean over all of val.bin, every token a target once, in blocks of block_size; perplexity is its
 exponential. The concept loss and the hit rate (the share of the label concepts that are among the concept_k
-predicted ones) are measured against the concept model the run was trained with.
+predicted ones) are measured against the concept model the run was trained with; beside it stands the hit rate of
+naming the same concept_k concepts, the commonest labels of val, at every position.
 """
 import json
 import statistics
@@ -21,7 +23,7 @@ import torch
 import concepts
 import data
 from config import UserError, key
-from model import RUN, find_checkpoint, load_checkpoint, load_model, perplexity, pick_device
+from model import RUN, find_checkpoint, linear_cross_entropy, load_checkpoint, load_model, perplexity, pick_device
 
 
 @dataclass(frozen=True)
@@ -30,16 +32,19 @@ class Config:
     batch_size: int = key(16, "sequences at once", low=1)
     compare: bool = key(False, "val loss over training and what the first run's end costs the others, read from the logs; nothing is evaluated")
     plot: str | None = key(None, "draw val loss against tokens, FLOPs and time into this .png, .svg or .pdf; no suffix: .png and .svg (--compare: out/compare)")
+    steering: bool = key(False, "steer by the most used concepts: how often their own tokens come, and the perplexity, by factor")
+    steered: int = key(32, "so many concepts, those that the run predicts most", low=1)
     write: str | None = key(None, "append the rows to this .jsonl file")
     device: str = key("auto", "cpu, cuda, mps; auto takes the fastest there is")
 
 
 @torch.no_grad()
 def evaluate(content, device, tokens=None, batch_size=16):
-    """A checkpoint's content → dict: loss (nats), perplexity, and for a CoCoMix run concept_loss and hit_rate."""
+    """A checkpoint's content → dict: loss (nats), perplexity, and for a CoCoMix run concept_loss, hit_rate and fixed_hit_rate."""
     model, concept_model = load_model(content, device), concepts.of_run(content, device)
     val = data.tokens_of_run(content, "val")[:None if tokens is None else tokens + 1]
     loss, concept_loss, hits, count = 0.0, 0.0, 0.0, 0
+    labelled = torch.zeros(model.config.n_concepts, dtype=torch.long, device=device)
     with config.progress(len(val) - 1, "evaluate", "tok", unit_scale=True, leave=False) as bar:
         for x, y in data.sequential(val, model.config.block_size, batch_size, model.config.vocab_size):
             x, y = x.to(device), y.to(device)
@@ -50,13 +55,14 @@ def evaluate(content, device, tokens=None, batch_size=16):
                 concept_loss += out.concept_loss.item() * y.numel()
             if out.concepts is not None:
                 hits += (labels[..., :, None] == out.concepts.indices[..., None, :]).any(-1).float().mean(-1).sum().item()
+                labelled += torch.bincount(labels.flatten(), minlength=len(labelled))
             count += y.numel()
             bar.update(y.numel())
     row = dict(loss=loss / count, perplexity=perplexity(loss / count), val_tokens=count)
     if concept_model is not None:
         row["concept_loss"] = concept_loss / count
     if model.config.insert == "concept":
-        row["hit_rate"] = hits / count
+        row |= dict(hit_rate=hits / count, fixed_hit_rate=(labelled.topk(model.config.concept_k).values.sum() / labelled.sum()).item())
     return row
 
 
@@ -71,12 +77,12 @@ def training(log):
 
 COLUMNS = (("run", "run", "{}"), ("method", "method", "{}"), ("mix", "mix", "{}"), ("select", "labels by", "{}"), ("loss", "val loss", "{:.4f}"), ("perplexity", "perplexity", "{:.2f}"), ("tokens", "tokens", "{:,}"),
            ("tokens_per_s", "tokens/s", "{:,.0f}"), ("seconds", "train s", "{:.0f}"), ("active_params", "active", "{:,}"), ("params", "params", "{:,}"),
-           ("concept_loss", "concept loss", "{:.3f}"), ("hit_rate", "hit rate", "{:.1%}"))
+           ("concept_loss", "concept loss", "{:.3f}"), ("hit_rate", "hit rate", "{:.1%}"), ("fixed_hit_rate", "commonest", "{:.1%}"))
 
 
-def table(rows):
-    """Rows (dicts) as lines of text, a column for each of COLUMNS that some row has; – where one has no value."""
-    columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows)]
+def table(rows, columns=COLUMNS):
+    """Rows (dicts) as lines of text, a column for each of the (key, title, format) that some row has; – where one has no value."""
+    columns = [column for column in columns if any(row.get(column[0]) is not None for row in rows)]
     cells = [[title for _, title, _ in columns]] + [["–" if row.get(name) is None else form.format(row[name]) for name, _, form in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     left = [form == "{}" for _, _, form in columns]
@@ -194,6 +200,103 @@ def plot(path, runs):
     return " ".join(map(str, paths))
 
 
+# ---------------------------------------------------------------------------------------------------
+# Steering
+
+FACTORS = (-10.0, -5.0, -2.0, 0.0, 1.0, 2.0, 5.0, 10.0)  # 1 is plain
+PROMPTS, PROMPT, NEW, COST = 16, 16, 64, 2048  # prompts, their tokens, the tokens generated; tokens for the perplexity
+
+
+@torch.no_grad()
+def steering(path, content, device, steered):
+    """What steering by a concept does and what it costs, for the `steered` concepts that the run predicts most: rows with
+    speaker, concept, factor, rate, loss.
+
+    A concept's own tokens are its dictionary's (concepts.py): the NAME tokens that follow it most typically in the *training*
+    text, so they don't depend on anything measured here. Each of PROMPTS beginnings of *val* blocks, PROMPT tokens, is
+    continued by NEW tokens (temperature 1, all tokens), the concept's logit times the factor at every position:
+
+        rate   the share of the generated tokens that are the concept's own; at factor 1, the plain one: the same prompts, the
+               same tokens counted, the same luck (one random number a token for all factors)
+        loss   nats a token on COST tokens of val under the same steering, each given those before it: what it does to text
+               that has nothing to do with the concept. Its exponential is the perplexity.
+
+    The speakers are the run ("CoCoMix") and its frozen concept model, steered at the same concept in the SAE's space
+    (concepts.SteeredSAE), which was never trained to be read there. A factor of 10 need not be as strong for the one as for
+    the other: compare rates at equal perplexities. A rate can rise because the concept is written about, or because its
+    tokens are merely pasted in; the perplexity tells the two apart only in part.
+    """
+    model = load_model(content, device)
+    d = concepts.dictionary_of(path, content, model, device)
+    concept_model = concepts.of_run(content, device)
+    chosen = [c for c in d.predicted.argsort(descending=True, stable=True).tolist() if d.predicted[c] and d.own[c, 0] >= 0][:steered]
+    C, val = model.config.n_concepts, data.tokens_of_run(content, "val")
+    rows = []
+    for name, speaker in (("CoCoMix", model), ("concept model", concepts.steerable(concept_model))):
+        c = speaker.config
+        T = min(c.block_size, model.config.block_size)
+        blocks = data.Batches(val, T, 1, c.vocab_size, shift=False)
+        n = lambda most: range(min(most, blocks.blocks))
+        prompts = torch.cat([blocks[i][0][:, :PROMPT] for i in n(PROMPTS)]).to(device)
+        below = [(speaker.blocks(speaker.embed(x.to(device)), 0, c.insert_layer)[0], y.to(device)) for x, y in (blocks[i] for i in n(-(-COST // T)))]  # no factor reaches these
+        with config.progress(len(chosen), f"steer {name}", "concept", leave=False) as bar:
+            for concept in chosen:
+                scale = torch.ones(len(FACTORS), 1, C, device=device)
+                scale[:, 0, concept] = torch.tensor(FACTORS, device=device)
+                texts = speaker.generate(prompts, NEW, scale=scale, generator=torch.Generator(device).manual_seed(0))[:, prompts.shape[1]:]
+                own = torch.isin(texts, d.own[concept, :concepts.NAME].to(device)).float().view(len(FACTORS), -1).mean(1)
+                for factor, s, rate in zip(FACTORS, scale, own.tolist()):
+                    loss = [linear_cross_entropy(speaker.ln_f(speaker.blocks(h, c.insert_layer, c.n_layer, scale=s)[0]), speaker.wte.weight, y, c.vocab_size)[0].item() for h, y in below]
+                    rows.append(dict(speaker=name, concept=concept, factor=factor, rate=rate, loss=sum(loss) / len(loss)))
+                bar.update()
+    return rows
+
+
+def steering_summary(rows):
+    """Rows of `steering`, averaged over its concepts: speaker, factor, rate, gain, its standard error, raised, perplexity.
+
+    gain is the geometric mean over the concepts of (own tokens + 1) / (own tokens, plain, + 1), so that each concept counts
+    alike and one whose tokens never came plain does not count without end; its standard error is over the concepts, to
+    first order. raised: the share of concepts whose own tokens came oftener than plain.
+    """
+    summary = []
+    for speaker in dict.fromkeys(row["speaker"] for row in rows):
+        at = {factor: [row for row in rows if row["speaker"] == speaker and row["factor"] == factor] for factor in FACTORS}
+        count = lambda some: torch.tensor([row["rate"] * PROMPTS * NEW for row in some], dtype=torch.float64)
+        for factor, some in at.items():
+            logs = ((count(some) + 1) / (count(at[1.0]) + 1)).log()
+            gain, error = logs.mean().exp().item(), logs.std(correction=min(1, len(logs) - 1)).item() / len(logs) ** 0.5
+            summary.append(dict(speaker=speaker, factor=factor, rate=sum(row["rate"] for row in some) / len(some), gain=gain, gain_error=gain * error,
+                                raised=(logs > 0).double().mean().item(), perplexity=perplexity(sum(row["loss"] for row in some) / len(some))))
+    return summary
+
+
+STEERING = (("speaker", "model", "{}"), ("factor", "factor", "{:g}"), ("rate", "own tokens", "{:.2%}"), ("gain", "× plain", "{:.2f}"), ("gain_error", "± s.e.", "{:.2f}"),
+            ("raised", "concepts raised", "{:.0%}"), ("perplexity", "val perplexity", "{:.1f}"))
+
+
+def plot_steering(path, summary):
+    """Own tokens over plain, and perplexity, by factor; and the one against the other: a line a model."""
+    plt = config.pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for speaker in dict.fromkeys(row["speaker"] for row in summary):
+        some = [row for row in summary if row["speaker"] == speaker]
+        values = {name: [row[name] for row in some] for name in some[0]}
+        plain = next(row["perplexity"] for row in some if row["factor"] == 1)
+        cost = [p / plain for p in values["perplexity"]]
+        axes[0].errorbar(values["factor"], values["gain"], values["gain_error"], marker="o", markersize=4, capsize=2, label=speaker)
+        axes[1].plot(values["factor"], cost, marker="o", markersize=4)
+        axes[2].errorbar(cost, values["gain"], values["gain_error"], marker="o", markersize=4, capsize=2, linestyle="none")
+        for factor, x, y in zip(values["factor"], cost, values["gain"]):
+            axes[2].annotate(f"{factor:g}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    for axis, x, y in zip(axes, ("factor", "factor", "val perplexity over plain"), ("rate of own tokens over plain", "val perplexity over plain", "rate of own tokens over plain")):
+        axis.set(xlabel=x, ylabel=y)
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    config.save_figure(figure, path)
+    plt.close(figure)
+
+
 def evaluate_run(name, path, device, cfg):
     """(a row of the table, the log's lines or None) for the checkpoint at path."""
     content = load_checkpoint(path, RUN)
@@ -210,6 +313,27 @@ def evaluate_run(name, path, device, cfg):
     return row | evaluate(content, device, cfg.tokens, cfg.batch_size), log
 
 
+def write(path, rows):
+    """Append rows to a .jsonl file; no path, nothing."""
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            file.writelines(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n" for row in rows)
+
+
+def main_steering(cfg, path, device):
+    content = load_checkpoint(path, RUN)
+    if content["model_config"]["insert"] != "concept" or content["model_config"]["mix"] == "none":
+        raise UserError(f"{path}: nothing to steer: --steering needs a cocomix run that mixes its concepts in")
+    rows = steering(path, content, device, cfg.steered)
+    summary = steering_summary(rows)
+    print(table(summary, STEERING))
+    write(cfg.write, rows)
+    if cfg.plot:
+        plot_steering(cfg.plot, summary)
+        print(f"curves: {cfg.plot}")
+
+
 def main(argv):
     cfg, runs = config.parse(Config, argv, __doc__, files=False)
     if cfg.plot and Path(cfg.plot).suffix:
@@ -217,6 +341,8 @@ def main(argv):
     if cfg.write and Path(cfg.write).is_dir():
         raise UserError(f"{cfg.write} is a folder; name a file in it")
     device = pick_device(cfg.device)
+    if cfg.steering:
+        return main_steering(cfg, find_checkpoint(runs[0] if runs else None), device)
     if cfg.compare:
         if not runs:
             raise UserError("--compare needs runs, or logs of runs: python eval.py --compare out/A out/B")
@@ -231,10 +357,7 @@ def main(argv):
         if log:
             logs[name] = log
     print(table(rows))
-    if cfg.write:
-        Path(cfg.write).parent.mkdir(parents=True, exist_ok=True)
-        with open(cfg.write, "a") as file:
-            file.writelines(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n" for row in rows)
+    write(cfg.write, rows)
     if cfg.plot:
         if not logs:
             raise UserError("nothing to draw: no log.jsonl beside these checkpoints")

@@ -209,8 +209,8 @@ PROMPTS, PROMPT, NEW, COST = 16, 16, 64, 2048  # prompts, their tokens, the toke
 
 @torch.no_grad()
 def steering(path, content, device, steered):
-    """What steering by a concept does and what it costs, for the `steered` concepts that the run predicts most: rows with
-    speaker, concept, factor, rate, loss.
+    """What steering by a concept does and what it costs, for the `steered` concepts that the run predicts most (and
+    that were labels, so that they have own tokens): rows with speaker, concept, factor, rate, loss.
 
     A concept's own tokens are its dictionary's (concepts.py): the NAME tokens that follow it most typically in the *training*
     text, so they don't depend on anything measured here. Each of PROMPTS beginnings of *val* blocks, PROMPT tokens, is

@@ -47,9 +47,9 @@ def parse_steer(text, n_concepts, sweep=False):
     without, {…: None}. UserError: not of this form, no such concept, not finite."""
     factors = {}
     for part in text.split(","):
-        name, _, factor = part.rpartition(":")
+        name, colon, factor = part.rpartition(":")
         try:
-            name, value = name.strip(), float(factor)
+            name, value = (name.strip(), float(factor)) if colon else (part.strip(), None)
         except ValueError:
             name, value = part.strip(), None
         if not name or (value is None) != sweep:
@@ -82,14 +82,13 @@ def scale_of(factors, n_concepts, device):
 
 @torch.no_grad()
 def choose(model, tokenizer, idx, d, device, n=3, candidates=32, factors=(-8.0, 8.0)):
-    """Concepts to show, {concept: factor}: of the most predicted whose names have words, four letters or more in half of their
-    own tokens, the n that steer best here: where a factor raises the share of the model's next-token probability, at the
-    prompt's last position, that their own tokens take."""
+    """Concepts to show, {concept: factor}: of the most predicted whose names are words (half of their own tokens at least, of
+    four letters at least; where there are none, of all), the n that steer best here: where a factor raises the share of the
+    model's next-token probability, at the prompt's last position, that their own tokens take."""
     own = lambda concept: d.own[concept, :concepts.NAME][d.own[concept, :concepts.NAME] >= 0].tolist()
     words = lambda concept: [t for t in own(concept) if len(tokenizer.decode([t]).strip()) > 3 and tokenizer.decode([t]).strip().isalpha()]
-    common = [c for c in d.predicted.argsort(descending=True).tolist() if d.predicted[c] and 2 * len(words(c)) >= concepts.NAME][:candidates]
-    if not common:
-        common = d.predicted.argsort(descending=True).tolist()[:candidates]
+    common = [c for c in d.predicted.argsort(descending=True, stable=True).tolist() if d.predicted[c] and own(c)]
+    common = ([c for c in common if 2 * len(words(c)) >= concepts.NAME] or common)[:candidates]
     trials = [(concept, factor, own(concept)) for concept in common for factor in factors]
     c = model.config
     below, *_ = model.blocks(model.embed(idx), 0, c.insert_layer)  # the same for all trials

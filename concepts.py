@@ -318,7 +318,8 @@ EDGES = 2.0 ** (torch.arange(33) / 4 - 3)  # of the bins of activations: 1/8 to 
 class Dictionary(NamedTuple):
     """What the C concepts of a run are. Lists of tokens begin with the best, -1 fills them up; file positions are in train.bin."""
     checkpoint: str                  # a hash of the run's weights
-    tokens: int                      # training tokens looked at, whole blocks drawn from all of the split
+    asked: int                       # training tokens asked for
+    tokens: int                      # and looked at: whole blocks, drawn from all of the split
     labelled: torch.Tensor           # (C,) at how many of them the concept is a label
     predicted: torch.Tensor          # (C,) at how many the run predicts it: keeps it in its TopK
     activations: torch.Tensor        # (C, bins) positions with an activation between two EDGES
@@ -486,22 +487,22 @@ def build(content, model, concept_model, tokens, device):
             bar.update(y.numel())
     mixes = model.config.mix != "none"
     promotes, suppresses = promoted(model) if mixes else (torch.zeros(C, 0, dtype=torch.int32),) * 2
-    return Dictionary(model_hash(model), steps * rows * T, labelled.cpu(), predicted.cpu(), activations.view(C, -1).cpu(),
+    return Dictionary(model_hash(model), tokens, steps * rows * T, labelled.cpu(), predicted.cpu(), activations.view(C, -1).cpu(),
                       *typical(own, everywhere, C), *typical(at, everywhere, C), promotes, suppresses,
                       torch.from_numpy(column_norms(model)) if mixes else torch.zeros(C), *neighbours(concept_model.sae.decoder),
                       strongest.contexts(train), torch.from_numpy(strongest.value), likeliest.contexts(train), torch.from_numpy(likeliest.value))
 
 
 def dictionary_of(path, content, model, device, tokens=None):
-    """The Dictionary of the run whose checkpoint lies at path: the one that is kept beside it as concepts.pt; where there is
-    none of this checkpoint, or tokens is given, it is made, which is said on screen, and kept."""
+    """The Dictionary of the run whose checkpoint lies at path: the one kept beside it as concepts.pt, if it is this checkpoint's
+    and over `tokens` tokens (None: over any number); else it is made, which is said on screen, and kept."""
     kept = Path(path).parent / "concepts.pt"
-    if kept.is_file() and tokens is None:
+    if kept.is_file():
         try:
-            found = read_tensors(kept, "a concept dictionary")
-            if found["checkpoint"] == model_hash(model):
-                return Dictionary(**found)
-        except (UserError, TypeError, KeyError):
+            found = Dictionary(**read_tensors(kept, "a concept dictionary"))
+            if found.checkpoint == model_hash(model) and tokens in (None, found.asked):
+                return found
+        except (UserError, TypeError):
             pass  # damaged, or of another form: made anew
     tokens = tokens or 1_000_000
     print(f"making {kept}, the dictionary of the run's concepts, from {tokens:,} training tokens (once for a checkpoint)")
@@ -598,7 +599,7 @@ def show_weights(norms, plot=None, bins=20, unused=1e-2):
 @dataclass(frozen=True)
 class Config(LabelKeys):
     find: str | None = key(None, "words: print the concepts that go best with them")
-    tokens: int | None = key(None, "make the dictionary anew from so many training tokens (none: the one there is, or 1,000,000)", low=1)
+    tokens: int | None = key(None, "training tokens for the dictionary (none: as many as the one there is, or 1,000,000)", low=1)
     top: int = key(20, "concepts to print", low=1)
     pages: int = key(4096, "concepts in the report, the most used", low=1)
     weights: bool = key(False, "the lengths of the compress matrix's columns (Figure 6c)")
@@ -612,10 +613,10 @@ def show_dictionary(path, content, cfg, device):
     model, tokenizer = load_model(content, device), data.load_tokenizer(content["tokenizer"])
     d = dictionary_of(path, content, model, device, cfg.tokens)
     entries = [entry(d, concept, tokenizer) for concept in used(d)]
-    print(f"{(d.labelled > 0).sum():,} of {len(d.labelled):,} concepts were labels, and {(d.predicted > 0).sum():,} were predicted, on {d.tokens:,} tokens of train\n")
     shown = entries if cfg.find is None else find(entries, cfg.find)
     if not shown:
         raise UserError(f"find={cfg.find!r}: no concept stands with these words; try a part of one, or a token such as return")
+    print(f"{(d.labelled > 0).sum():,} of {len(d.labelled):,} concepts were labels, and {(d.predicted > 0).sum():,} were predicted, on {d.tokens:,} tokens of train\n")
     print(f"{'concept':>8} {'label at':>9} {'predicted':>9} {'‖W‖':>6}  stands at → comes before: its own tokens")
     for e in shown[:cfg.top if cfg.find is None else min(cfg.top, 10)]:
         at, own = (" ".join(repr(token) for token, *_ in e[kind][:5]) for kind in ("at", "own"))

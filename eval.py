@@ -204,25 +204,25 @@ def plot(path, runs):
 # Steering
 
 FACTORS = (-10.0, -5.0, -2.0, 0.0, 1.0, 2.0, 5.0, 10.0)  # 1 is plain
-PROMPTS, PROMPT, NEW, COST = 16, 16, 64, 2048  # prompts, their tokens, the tokens generated; tokens for the perplexity
+PROMPTS, PROMPT, NEW, COST = 32, 16, 64, 2048  # prompts, their tokens, the tokens generated; tokens for the perplexity
 
 
 @torch.no_grad()
 def steering(path, content, device, steered):
     """What steering by a concept does and what it costs, for the `steered` concepts that the run predicts most (and
-    that were labels, so that they have own tokens): rows with speaker, concept, factor, rate, loss.
+    that were labels, so that they have own tokens): rows with speaker, concept, factor, own, tokens, loss.
 
     A concept's own tokens are its dictionary's (concepts.py): the NAME tokens that follow it most typically in the *training*
     text, so they don't depend on anything measured here. Each of PROMPTS beginnings of *val* blocks, PROMPT tokens, is
     continued by NEW tokens (temperature 1, all tokens), the concept's logit times the factor at every position:
 
-        rate   the share of the generated tokens that are the concept's own; at factor 1, the plain one: the same prompts, the
-               same tokens counted, the same luck (one random number a token for all factors)
+        own    how many of the generated `tokens` are the concept's own; at factor 1, the plain count: the same prompts, the same
+               tokens counted, the same luck (one random number a token for all factors; other luck for other concepts)
         loss   nats a token on COST tokens of val under the same steering, each given those before it: what it does to text
                that has nothing to do with the concept. Its exponential is the perplexity.
 
     The speakers are the run ("CoCoMix") and its frozen concept model, steered at the same concept in the SAE's space
-    (concepts.SteeredSAE), which was never trained to be read there. A factor of 10 need not be as strong for the one as for
+    (concepts.SteeredSAE). A factor of 10 need not be as strong for the one as for
     the other: compare rates at equal perplexities. A rate can rise because the concept is written about, or because its
     tokens are merely pasted in; the perplexity tells the two apart only in part.
     """
@@ -243,11 +243,11 @@ def steering(path, content, device, steered):
             for concept in chosen:
                 scale = torch.ones(len(FACTORS), 1, C, device=device)
                 scale[:, 0, concept] = torch.tensor(FACTORS, device=device)
-                texts = speaker.generate(prompts, NEW, scale=scale, generator=torch.Generator(device).manual_seed(0))[:, prompts.shape[1]:]
-                own = torch.isin(texts, d.own[concept, :concepts.NAME].to(device)).float().view(len(FACTORS), -1).mean(1)
-                for factor, s, rate in zip(FACTORS, scale, own.tolist()):
+                texts = speaker.generate(prompts, NEW, scale=scale, generator=torch.Generator(device).manual_seed(concept))[:, prompts.shape[1]:]
+                own = torch.isin(texts, d.own[concept, :concepts.NAME].to(device)).view(len(FACTORS), -1)
+                for factor, s, hits in zip(FACTORS, scale, own):
                     loss = [linear_cross_entropy(speaker.ln_f(speaker.blocks(h, c.insert_layer, c.n_layer, scale=s)[0]), speaker.wte.weight, y, c.vocab_size)[0].item() for h, y in below]
-                    rows.append(dict(speaker=name, concept=concept, factor=factor, rate=rate, loss=sum(loss) / len(loss)))
+                    rows.append(dict(speaker=name, concept=concept, factor=factor, own=hits.sum().item(), tokens=hits.numel(), loss=sum(loss) / len(loss)))
                 bar.update()
     return rows
 
@@ -255,18 +255,18 @@ def steering(path, content, device, steered):
 def steering_summary(rows):
     """Rows of `steering`, averaged over its concepts: speaker, factor, rate, gain, its standard error, raised, perplexity.
 
-    gain is the geometric mean over the concepts of (own tokens + 1) / (own tokens, plain, + 1), so that each concept counts
-    alike and one whose tokens never came plain does not count without end; its standard error is over the concepts, to
-    first order. raised: the share of concepts whose own tokens came oftener than plain.
+    rate: the share of own tokens. gain: the geometric mean over the concepts of (own + 1) / (own, plain, + 1), so that each
+    concept counts alike and one whose tokens never came plain does not count without end; its standard error is over the
+    concepts, to first order. raised: the share of concepts whose own tokens came oftener than plain.
     """
     summary = []
     for speaker in dict.fromkeys(row["speaker"] for row in rows):
         at = {factor: [row for row in rows if row["speaker"] == speaker and row["factor"] == factor] for factor in FACTORS}
-        count = lambda some: torch.tensor([row["rate"] * PROMPTS * NEW for row in some], dtype=torch.float64)
+        own = lambda some: torch.tensor([row["own"] for row in some], dtype=torch.float64)
         for factor, some in at.items():
-            logs = ((count(some) + 1) / (count(at[1.0]) + 1)).log()
+            logs = ((own(some) + 1) / (own(at[1.0]) + 1)).log()
             gain, error = logs.mean().exp().item(), logs.std(correction=min(1, len(logs) - 1)).item() / len(logs) ** 0.5
-            summary.append(dict(speaker=speaker, factor=factor, rate=sum(row["rate"] for row in some) / len(some), gain=gain, gain_error=gain * error,
+            summary.append(dict(speaker=speaker, factor=factor, rate=sum(row["own"] / row["tokens"] for row in some) / len(some), gain=gain, gain_error=gain * error,
                                 raised=(logs > 0).double().mean().item(), perplexity=perplexity(sum(row["loss"] for row in some) / len(some))))
     return summary
 

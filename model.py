@@ -542,7 +542,7 @@ class GPT(nn.Module):
         c, B, S = self.config, len(idx), len(scale) if scale is not None and scale.dim() == 3 else 1
         if S > 1:
             scale = scale.repeat_interleave(B, dim=0)
-        start, cache = 0, None
+        start, cache, parting = 0, None, c.insert_layer if c.insert != "none" else 0
         for _ in range(max_new_tokens):
             if idx.shape[1] - start > c.block_size:
                 start, cache = idx.shape[1] - max(1, c.block_size // 2), None
@@ -550,12 +550,12 @@ class GPT(nn.Module):
                 cache, new, past = self.new_cache() if use_cache else None, idx[:, start:], 0
             else:
                 new, past = idx[:, -1:], idx.shape[1] - 1 - start
-            x, *_ = self.blocks(self.embed(new, past), 0, c.insert_layer, cache=cache)
+            x, *_ = self.blocks(self.embed(new, past), 0, parting, cache=cache)
             if len(idx) < S * B:  # the prompts have come to where the factors part them
                 idx, x = idx.repeat(S, 1), x.repeat(S, 1, 1)
-                for layer in (cache or [])[:c.insert_layer]:
+                for layer in (cache or [])[:parting]:
                     layer.k, layer.v = layer.k.repeat(S, 1, 1, 1), layer.v.repeat(S, 1, 1, 1)
-            x, *_ = self.blocks(x, c.insert_layer, c.n_layer, scale=scale, cache=cache)
+            x, *_ = self.blocks(x, parting, c.n_layer, scale=scale, cache=cache)
             logits, kept = self.head(x[:, -1]).float(), None
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)

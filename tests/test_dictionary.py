@@ -128,7 +128,9 @@ def test_a_dictionary_is_kept_and_made_anew_for_another_checkpoint(cocomix, tmp_
     folder, content, model, _, d = cocomix
     again = concepts.dictionary_of(folder / "ckpt.pt", content, model, CPU)
     assert capsys.readouterr().out == "" and all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(d, again))
+    assert concepts.dictionary_of(folder / "ckpt.pt", content, model, CPU, 4000).asked == 4000 and capsys.readouterr().out == ""
     shutil.copytree(folder, tmp_path / "run")
+    assert concepts.dictionary_of(tmp_path / "run/ckpt.pt", content, model, CPU, 2000).tokens in range(1968, 2033) and "making" in capsys.readouterr().out
     with torch.no_grad():
         model = load_model(content)
         model.wpe.weight[0] += 1

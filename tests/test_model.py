@@ -181,7 +181,7 @@ def test_generation_with_the_cache_is_eight_times_as_fast():
 
 
 def test_beyond_block_size_generation_goes_on_from_the_last_half():
-    model = tiny_gpt()
+    model = tiny_gpt(insert_layer=9)  # which a plain GPT does not look at
     idx = torch.randint(61, (1, 16))
     out = model.generate(idx, 6, temperature=0)
     for n in range(16, 22):  # at 17 tokens the window starts anew at 17 - 8 = 9

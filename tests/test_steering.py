@@ -183,10 +183,10 @@ def test_steering_is_measured_as_it_is_defined(cocomix, tmp_path, monkeypatch):
     for row in rows:
         speaker, scale = speakers[row["speaker"]], sample.scale_of({row["concept"]: row["factor"]}, 48, CPU)
         with torch.no_grad():
-            text = speaker.generate(x[:, :6], 40, scale=scale, generator=torch.Generator().manual_seed(0))[:, 6:]
+            text = speaker.generate(x[:, :6], 40, scale=scale, generator=torch.Generator().manual_seed(row["concept"]))[:, 6:]
             logits = speaker(x, scale=scale).logits
         own = d.own[row["concept"], :concepts.NAME]
-        assert row["rate"] == pytest.approx(sum(t in own.tolist() for t in text.flatten().tolist()) / 120, abs=1e-6)
+        assert row["own"] == sum(t in own.tolist() for t in text.flatten().tolist()) and row["tokens"] == 120
         assert row["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).item(), abs=1e-4)
     plain = [row for row in rows if row["factor"] == 1 and row["speaker"] == "CoCoMix"]
     with torch.no_grad():
@@ -195,9 +195,8 @@ def test_steering_is_measured_as_it_is_defined(cocomix, tmp_path, monkeypatch):
 
 def test_the_steering_table_is_the_geometric_mean_over_concepts(monkeypatch):
     monkeypatch.setattr(evaluation, "FACTORS", (1.0, 5.0))
-    monkeypatch.setattr(evaluation, "PROMPTS", 1), monkeypatch.setattr(evaluation, "NEW", 100)
-    rates = {(1, 1.0): 0.03, (2, 1.0): 0.0, (1, 5.0): 0.15, (2, 5.0): 0.0}
-    rows = [dict(speaker="CoCoMix", concept=c, factor=f, rate=r, loss=math.log(10 * f)) for (c, f), r in rates.items()]
+    counts = {(1, 1.0): 3, (2, 1.0): 0, (1, 5.0): 15, (2, 5.0): 0}
+    rows = [dict(speaker="CoCoMix", concept=c, factor=f, own=n, tokens=100, loss=math.log(10 * f)) for (c, f), n in counts.items()]
     plain, steered = evaluation.steering_summary(rows)
     assert plain["gain"] == 1 and plain["gain_error"] == 0 and plain["raised"] == 0 and plain["perplexity"] == pytest.approx(10)
     assert steered["gain"] == pytest.approx(math.sqrt(4 * 1)) and steered["rate"] == pytest.approx(0.075)  # (15+1)/(3+1) and (0+1)/(0+1)

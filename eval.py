@@ -77,7 +77,7 @@ def training(log):
 
 COLUMNS = (("run", "run", "{}"), ("method", "method", "{}"), ("mix", "mix", "{}"), ("select", "labels by", "{}"), ("loss", "val loss", "{:.4f}"), ("perplexity", "perplexity", "{:.2f}"), ("tokens", "tokens", "{:,}"),
            ("tokens_per_s", "tokens/s", "{:,.0f}"), ("seconds", "train s", "{:.0f}"), ("active_params", "active", "{:,}"), ("params", "params", "{:,}"),
-           ("concept_loss", "concept loss", "{:.3f}"), ("hit_rate", "hit rate", "{:.1%}"), ("fixed_hit_rate", "commonest", "{:.1%}"))
+           ("concept_loss", "concept loss", "{:.3f}"), ("hit_rate", "hit rate", "{:.1%}"), ("fixed_hit_rate", "by commonest", "{:.1%}"))
 
 
 def table(rows, columns=COLUMNS):
@@ -321,7 +321,11 @@ def write(path, rows):
             file.writelines(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n" for row in rows)
 
 
-def main_steering(cfg, path, device):
+def main_steering(cfg, runs, device):
+    config.picture_path(cfg.plot)
+    if len(runs) > 1:
+        raise UserError(f"--steering takes one run, not {len(runs)}: {' '.join(runs)}")
+    path = find_checkpoint(runs[0] if runs else None)
     content = load_checkpoint(path, RUN)
     if content["model_config"]["insert"] != "concept" or content["model_config"]["mix"] == "none":
         raise UserError(f"{path}: nothing to steer: --steering needs a cocomix run that mixes its concepts in")
@@ -342,7 +346,7 @@ def main(argv):
         raise UserError(f"{cfg.write} is a folder; name a file in it")
     device = pick_device(cfg.device)
     if cfg.steering:
-        return main_steering(cfg, find_checkpoint(runs[0] if runs else None), device)
+        return main_steering(cfg, runs, device)
     if cfg.compare:
         if not runs:
             raise UserError("--compare needs runs, or logs of runs: python eval.py --compare out/A out/B")

@@ -124,6 +124,7 @@ TABLE = {  # what is wrong: (command, arguments, what the line must say)
     "a word that no concept goes with": (sample.main, "{chain}/cocomix --steer=qqq:2 --device=cpu", "steer='qqq'", "--find"),
     "finding what no concept stands with": (concepts.main, "{chain}/cocomix --find=qqq --device=cpu", "find='qqq'", "a part of one"),
     "the concept model of a run without": (sample.main, "{chain}/ntp --model=concept", "has no concepts", "cocomix"),
+    "measuring the steering of two runs": (evaluation.main, "{chain}/cocomix {chain}/ntp --steering", "one run, not 2", "ntp"),
     "measuring the steering of a run without concepts": (evaluation.main, "{chain}/ntp --steering", "nothing to steer", "cocomix"),
     "steering without concepts": (sample.main, "{chain}/ntp --steer=3:2", "has no concepts", "cocomix"),
     "inspecting without concepts": (sample.main, "{chain}/ntp --inspect", "has no concepts", "cocomix"),

@@ -212,3 +212,15 @@ def test_hit_rate_stands_beside_that_of_the_commonest_labels(cocomix):
     commonest = set(labels.flatten().bincount().topk(4).indices.tolist())
     expected = sum(len(commonest & set(position)) / 4 for position in labels.tolist()) / len(labels)
     assert row["fixed_hit_rate"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.cuda
+def test_reading_and_steering_run_on_a_gpu(cocomix, tmp_path, monkeypatch):
+    folder, content, model, d = cocomix
+    shutil.copy(folder / "ckpt.pt", tmp_path / "ckpt.pt")
+    monkeypatch.setattr(evaluation, "PROMPTS", 2)
+    assert run(concepts.main, tmp_path, "--device=cuda", "--tokens=4000")[0] == 0
+    made = concepts.dictionary_of(tmp_path / "ckpt.pt", content, model, CPU)
+    assert abs(made.labelled.sum() - d.labelled.sum()) <= 0.02 * d.tokens and (made.labelled - d.labelled).abs().sum() <= 0.1 * d.labelled.sum()  # bfloat16
+    assert run(sample.main, tmp_path, "--device=cuda", "--steer", "--inspect", "--max_new_tokens=8")[0] == 0
+    assert run(evaluation.main, tmp_path, "--device=cuda", "--steering", "--steered=2")[0] == 0

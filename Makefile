@@ -1,4 +1,4 @@
-# make demo   the whole pipeline on a laptop: data, concept model, SAE, NTP, CoCoMix, table, steering, picture
+# make demo   the whole pipeline on a laptop: data, concept model, SAE, NTP, CoCoMix, table, picture, report, steering
 # make ablations   every baseline and ablation of the paper at the demo's size: hours; a second call goes on
 # make books  the comparison on books (BOOKS=folder of them, SIZE=cpu or gpu): hours on a CPU; a second call goes on
 # make test   the tests, under 3 minutes after the install
@@ -12,6 +12,7 @@ demo: .venv/installed
 	$(PY) train.py config/stdlib_ntp.py --resume
 	$(PY) train.py config/stdlib_cocomix.py --resume
 	$(PY) eval.py out/stdlib/ntp out/stdlib/cocomix --plot=out/stdlib/curves.png
+	$(PY) concepts.py out/stdlib/cocomix --tokens=200_000 --top=10
 	$(PY) sample.py out/stdlib/cocomix --steer --start="    def __init__(self" --max_new_tokens=60
 
 ablations: .venv/installed

@@ -3,6 +3,7 @@
     python eval.py out/stdlib/ntp out/stdlib/cocomix                          # one table
     python eval.py out/stdlib/ntp out/stdlib/cocomix --plot=curves.png        # and a picture of their logs
     python eval.py --compare out/stdlib/ntp out/stdlib/cocomix                # the course of training against the first run's, from the logs alone
+    python eval.py out/stdlib/cocomix --steering --plot=steering.png          # what turning its concepts does, and what it costs
     python eval.py                                                            # the newest checkpoint under out/
     python eval.py out/stdlib/ntp --tasks=piqa,arc_easy --limit=100           # and tasks, on their first 100 documents
     python eval.py --model=gpt2 --eval_data=DIR                               # GPT-2 on all seven, from files DIR/NAME.jsonl[.gz]
@@ -10,7 +11,8 @@
 
 Loss is the mean over all of val.bin, every token a target once, in blocks of block_size; perplexity is its
 exponential. The concept loss and the hit rate (the share of the label concepts that are among the concept_k
-predicted ones) are measured against the concept model the run was trained with.
+predicted ones) are measured against the concept model the run was trained with; beside it stands the hit rate of
+naming the same concept_k concepts, the commonest labels of val, at every position.
 
 The paper's seven tasks give the numbers of lm-evaluation-harness 0.4. They run by themselves for a run in GPT-2's tokens,
 and for any run with --eval_data or --tasks. Everything is computed in float32. Each evaluation adds a line to eval.jsonl in
@@ -36,7 +38,8 @@ import torch
 import concepts
 import data
 from config import UserError, key
-from model import RUN, chunk_rows, find_checkpoint, load_checkpoint, load_gpt, load_model, model_checkpoint, perplexity, pick_device
+from model import (RUN, chunk_rows, find_checkpoint, linear_cross_entropy, load_checkpoint, load_gpt, load_model, model_checkpoint, perplexity,
+                   pick_device)
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Config:
     every: bool = key(False, "all checkpoints of a run (train.py --keep_checkpoints), not the last alone")
     compare: bool = key(False, "val loss over training and what the first run's end costs the others, read from the logs; nothing is evaluated")
     plot: str | None = key(None, "draw val loss against tokens, FLOPs and time into this .png, .svg or .pdf; no suffix: .png and .svg (--compare: out/compare)")
+    steering: bool = key(False, "steer by the most used concepts: how often their own tokens come, and the perplexity, by factor")
+    steered: int = key(32, "so many concepts, those that the run predicts most", low=1)
     write: str | None = key(None, "append the rows to this .jsonl file")
     device: str = key("auto", "cpu, cuda, mps; auto takes the fastest there is")
 
@@ -61,10 +66,11 @@ class Config:
 
 @torch.no_grad()
 def evaluate(content, model, device, tokens=None, batch_size=16):
-    """A checkpoint's content and its model → dict: loss (nats), perplexity, and for a CoCoMix run concept_loss and hit_rate."""
+    """A checkpoint's content and its model → dict: loss (nats), perplexity, and for a CoCoMix run concept_loss, hit_rate and fixed_hit_rate."""
     concept_model = concepts.of_run(content, device)
     val = data.tokens_of_run(content, "val")[:None if tokens is None else tokens + 1]
     loss, concept_loss, hits, count = 0.0, 0.0, 0.0, 0
+    labelled = torch.zeros(model.config.n_concepts, dtype=torch.long, device=device)
     with config.progress(len(val) - 1, "evaluate", "tok", unit_scale=True, leave=False) as bar:
         for x, y in data.sequential(val, model.config.block_size, batch_size, model.config.vocab_size):
             x, y = x.to(device), y.to(device)
@@ -75,13 +81,14 @@ def evaluate(content, model, device, tokens=None, batch_size=16):
                 concept_loss += out.concept_loss.item() * y.numel()
             if out.concepts is not None:
                 hits += (labels[..., :, None] == out.concepts.indices[..., None, :]).any(-1).float().mean(-1).sum().item()
+                labelled += torch.bincount(labels.flatten(), minlength=len(labelled))
             count += y.numel()
             bar.update(y.numel())
     row = dict(loss=loss / count, perplexity=perplexity(loss / count), val_tokens=count)
     if concept_model is not None:
         row["concept_loss"] = concept_loss / count
     if model.config.insert == "concept":
-        row["hit_rate"] = hits / count
+        row |= dict(hit_rate=hits / count, fixed_hit_rate=(labelled.topk(model.config.concept_k).values.sum() / labelled.sum()).item())
     return row
 
 
@@ -363,7 +370,7 @@ def training(log):
 
 COLUMNS = (("run", "run", "{}"), ("method", "method", "{}"), ("mix", "mix", "{}"), ("select", "labels by", "{}"), ("loss", "val loss", "{:.4f}"), ("perplexity", "perplexity", "{:.2f}"), ("tokens", "tokens", "{:,}"),
            ("tokens_per_s", "tokens/s", "{:,.0f}"), ("seconds", "train s", "{:.0f}"), ("active_params", "active", "{:,}"), ("params", "params", "{:,}"),
-           ("concept_loss", "concept loss", "{:.3f}"), ("hit_rate", "hit rate", "{:.1%}"), ("official_perplexity", "official ppl", "{:.2f}"))
+           ("concept_loss", "concept loss", "{:.3f}"), ("hit_rate", "hit rate", "{:.1%}"), ("fixed_hit_rate", "by commonest", "{:.1%}"), ("official_perplexity", "official ppl", "{:.2f}"))
 TABLE_1 = (("run", "run", "{}"), ("tokens", "tokens", "{:,}"), *((measure, title, "{:,.2f}" if title.endswith("ppl") else "{:.1%}") for measure, title in MEASURES.items()),
            ("average_perplexity", "avg ppl", "{:,.2f}"), ("average_accuracy", "avg acc", "{:.1%}"))
 DETAILS = (("task", "task", "{}"), ("metric", "metric", "{}"), ("value", "value", "{:,.4f}"), ("stderr", "± stderr", "{:,.4f}"), ("examples", "examples", "{:,}"),
@@ -534,6 +541,103 @@ def panels(path, evaluations):
 
 
 # ---------------------------------------------------------------------------------------------------
+# Steering
+
+FACTORS = (-10.0, -5.0, -2.0, 0.0, 1.0, 2.0, 5.0, 10.0)  # 1 is plain
+PROMPTS, PROMPT, NEW, COST = 32, 16, 64, 2048  # prompts, their tokens, the tokens generated; tokens for the perplexity
+
+
+@torch.no_grad()
+def steering(path, content, device, steered):
+    """What steering by a concept does and what it costs, for the `steered` concepts that the run predicts most (and
+    that were labels, so that they have own tokens): rows with speaker, concept, factor, own, tokens, loss.
+
+    A concept's own tokens are its dictionary's (concepts.py): the NAME tokens that follow it most typically in the *training*
+    text, so they don't depend on anything measured here. Each of PROMPTS beginnings of *val* blocks, PROMPT tokens, is
+    continued by NEW tokens (temperature 1, all tokens), the concept's logit times the factor at every position:
+
+        own    how many of the generated `tokens` are the concept's own; at factor 1, the plain count: the same prompts, the same
+               tokens counted, the same luck (one random number a token for all factors; other luck for other concepts)
+        loss   nats a token on COST tokens of val under the same steering, each given those before it: what it does to text
+               that has nothing to do with the concept. Its exponential is the perplexity.
+
+    The speakers are the run ("CoCoMix") and its frozen concept model, steered at the same concept in the SAE's space
+    (concepts.SteeredSAE). A factor of 10 need not be as strong for the one as for
+    the other: compare rates at equal perplexities. A rate can rise because the concept is written about, or because its
+    tokens are merely pasted in; the perplexity tells the two apart only in part.
+    """
+    model = load_model(content, device)
+    d = concepts.dictionary_of(path, content, model, device)
+    concept_model = concepts.of_run(content, device)
+    chosen = [c for c in d.predicted.argsort(descending=True, stable=True).tolist() if d.predicted[c] and d.own[c, 0] >= 0][:steered]
+    C, val = model.config.n_concepts, data.tokens_of_run(content, "val")
+    rows = []
+    for name, speaker in (("CoCoMix", model), ("concept model", concepts.steerable(concept_model))):
+        c = speaker.config
+        T = min(c.block_size, model.config.block_size)
+        blocks = data.Batches(val, T, 1, c.vocab_size, shift=False)
+        n = lambda most: range(min(most, blocks.blocks))
+        prompts = torch.cat([blocks[i][0][:, :PROMPT] for i in n(PROMPTS)]).to(device)
+        below = [(speaker.blocks(speaker.embed(x.to(device)), 0, c.insert_layer)[0], y.to(device)) for x, y in (blocks[i] for i in n(-(-COST // T)))]  # no factor reaches these
+        with config.progress(len(chosen), f"steer {name}", "concept", leave=False) as bar:
+            for concept in chosen:
+                scale = torch.ones(len(FACTORS), 1, C, device=device)
+                scale[:, 0, concept] = torch.tensor(FACTORS, device=device)
+                texts = speaker.generate(prompts, NEW, scale=scale, generator=torch.Generator(device).manual_seed(concept))[:, prompts.shape[1]:]
+                own = torch.isin(texts, d.own[concept, :concepts.NAME].to(device)).view(len(FACTORS), -1)
+                for factor, s, hits in zip(FACTORS, scale, own):
+                    loss = [linear_cross_entropy(speaker.ln_f(speaker.blocks(h, c.insert_layer, c.n_layer, scale=s)[0]), speaker.wte.weight, y, c.vocab_size)[0].item() for h, y in below]
+                    rows.append(dict(speaker=name, concept=concept, factor=factor, own=hits.sum().item(), tokens=hits.numel(), loss=sum(loss) / len(loss)))
+                bar.update()
+    return rows
+
+
+def steering_summary(rows):
+    """Rows of `steering`, averaged over its concepts: speaker, factor, rate, gain, its standard error, raised, perplexity.
+
+    rate: the share of own tokens. gain: the geometric mean over the concepts of (own + 1) / (own, plain, + 1), so that each
+    concept counts alike and one whose tokens never came plain does not count without end; its standard error is over the
+    concepts, to first order. raised: the share of concepts whose own tokens came oftener than plain.
+    """
+    summary = []
+    for speaker in dict.fromkeys(row["speaker"] for row in rows):
+        at = {factor: [row for row in rows if row["speaker"] == speaker and row["factor"] == factor] for factor in FACTORS}
+        own = lambda some: torch.tensor([row["own"] for row in some], dtype=torch.float64)
+        for factor, some in at.items():
+            logs = ((own(some) + 1) / (own(at[1.0]) + 1)).log()
+            gain, error = logs.mean().exp().item(), logs.std(correction=min(1, len(logs) - 1)).item() / len(logs) ** 0.5
+            summary.append(dict(speaker=speaker, factor=factor, rate=sum(row["own"] / row["tokens"] for row in some) / len(some), gain=gain, gain_error=gain * error,
+                                raised=(logs > 0).double().mean().item(), perplexity=perplexity(sum(row["loss"] for row in some) / len(some))))
+    return summary
+
+
+STEERING = (("speaker", "model", "{}"), ("factor", "factor", "{:g}"), ("rate", "own tokens", "{:.2%}"), ("gain", "× plain", "{:.2f}"), ("gain_error", "± s.e.", "{:.2f}"),
+            ("raised", "concepts raised", "{:.0%}"), ("perplexity", "val perplexity", "{:.1f}"))
+
+
+def plot_steering(path, summary):
+    """Own tokens over plain, and perplexity, by factor; and the one against the other: a line a model."""
+    plt = config.pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for speaker in dict.fromkeys(row["speaker"] for row in summary):
+        some = [row for row in summary if row["speaker"] == speaker]
+        values = {name: [row[name] for row in some] for name in some[0]}
+        plain = next(row["perplexity"] for row in some if row["factor"] == 1)
+        cost = [p / plain for p in values["perplexity"]]
+        axes[0].errorbar(values["factor"], values["gain"], values["gain_error"], marker="o", markersize=4, capsize=2, label=speaker)
+        axes[1].plot(values["factor"], cost, marker="o", markersize=4)
+        axes[2].errorbar(cost, values["gain"], values["gain_error"], marker="o", markersize=4, capsize=2, linestyle="none")
+        for factor, x, y in zip(values["factor"], cost, values["gain"]):
+            axes[2].annotate(f"{factor:g}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    for axis, x, y in zip(axes, ("factor", "factor", "val perplexity over plain"), ("rate of own tokens over plain", "val perplexity over plain", "rate of own tokens over plain")):
+        axis.set(xlabel=x, ylabel=y)
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    config.save_figure(figure, path)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------
 # The command
 
 def chosen_tasks(cfg, tokenizer):
@@ -615,6 +719,24 @@ def evaluate_all(cfg, runs, device):
     return rows, logs
 
 
+def main_steering(cfg, runs, device):
+    config.picture_path(cfg.plot)
+    if len(runs) > 1:
+        raise UserError(f"--steering takes one run, not {len(runs)}: {' '.join(runs)}")
+    path = find_checkpoint(runs[0] if runs else None)
+    content = load_checkpoint(path, RUN)
+    if content["model_config"]["insert"] != "concept" or content["model_config"]["mix"] == "none":
+        raise UserError(f"{path}: nothing to steer: --steering needs a cocomix run that mixes its concepts in")
+    rows = steering(path, content, device, cfg.steered)
+    summary = steering_summary(rows)
+    print(table(summary, STEERING))
+    for row in rows if cfg.write else ():
+        append(cfg.write, row)
+    if cfg.plot:
+        plot_steering(cfg.plot, summary)
+        print(f"curves: {cfg.plot}")
+
+
 def main(argv):
     cfg, runs = config.parse(Config, argv, __doc__, files=False)
     if cfg.plot and Path(cfg.plot).suffix:
@@ -622,6 +744,8 @@ def main(argv):
     if cfg.write and Path(cfg.write).is_dir():
         raise UserError(f"{cfg.write} is a folder; name a file in it")
     device = pick_device(cfg.device)
+    if cfg.steering:
+        return main_steering(cfg, runs, device)
     torch.set_float32_matmul_precision("highest")  # the harness's numbers; TF32's rounding would show in them
     if cfg.compare:
         if not runs:

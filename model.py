@@ -295,12 +295,13 @@ class Attention(nn.Module):
         if cache is not None:
             past = cache.length
             k, v = cache.append(k, v)
+        several = q.shape[2] > 1  # one query alone is the last position: it sees every key
         if mask is not None:
             mask = mask[:, None] if queries is None else mask[:, None, queries]  # (B, 1, queries, keys)
-        elif past or queries is not None:  # query i stands at position past + i, and sees the keys up to itself
+        elif several and (past or queries is not None):  # query i stands at position past + i, and sees the keys up to itself
             at = torch.arange(past, past + T, device=x.device)
             mask = (at if queries is None else at[queries])[:, None] >= torch.arange(past + T, device=x.device)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout if self.training else 0.0)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=several and mask is None, dropout_p=self.dropout if self.training else 0.0)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -497,6 +498,11 @@ class GPT(nn.Module):
         loss, kl = linear_cross_entropy(self.ln_f(x), self.wte.weight, targets, self.config.vocab_size, teacher, kd_weight)
         return Output(None, loss, concept_loss, concepts, kl)
 
+    def concepts(self, idx, scale=None):
+        """The concepts predicted at each position, TopK (B, T, concept_k): tokens (B, T) through the blocks below alone."""
+        below, *_ = self.blocks(self.embed(idx), 0, self.config.insert_layer)
+        return self.inserted(below, scale=scale)[1]
+
     def head(self, x):
         """Hidden states after the last block (…, d) → logits (…, V), padding left out."""
         return self.ln_f(x) @ self.wte.weight[:self.config.vocab_size].T
@@ -549,50 +555,60 @@ class GPT(nn.Module):
 
     # -- generation ---------------------------------------------------------------------------------
 
-    def new_cache(self, batch):
-        c, p = self.config, self.wte.weight
-        return [LayerCache(batch, c.n_head, c.block_size * (2 if c.interleaved and i >= c.insert_layer else 1), c.n_embd // c.n_head, p) for i in range(c.n_layer)]
-
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, scale=None, generator=None, use_cache=True):
-        """Continue tokens idx (B, T): (tokens (B, T + max_new_tokens), concepts kept at each new token).
+        """Continue each of the prompts idx (B, T) → tokens (B, T + max_new_tokens).
 
-        temperature 0 takes the likeliest token; top_k keeps that many. scale: see `Concepts.forward`. Past
-        block_size both ways, with the cache and without, go on from the last block_size // 2 tokens. The
-        concepts are a TopK (B, max_new_tokens, concept_k), those from which the token was predicted, or None.
+        temperature 0 takes the likeliest token; top_k keeps that many. scale: factors for the concept logits (steering),
+        (C,), or (S, 1, C) for a sweep: every prompt is then continued under each of the S, with the same luck →
+        (S·B, T + max_new_tokens), the B under the first factors first. The blocks below insert_layer don't see the factors,
+        so the prompts go through them once. Past block_size both ways, with the cache and without, go on from the last
+        block_size // 2 tokens.
         """
-        c, B = self.config, len(idx)
-        start, cache, seen = 0, None, []
+        c, B, S = self.config, len(idx), len(scale) if scale is not None and scale.dim() == 3 else 1
+        if S > 1:
+            scale = scale.repeat_interleave(B, dim=0)
+        start, cache, parting = 0, None, c.insert_layer if c.insert != "none" else 0
         for _ in range(max_new_tokens):
             if idx.shape[1] - start > c.block_size:
                 start, cache = idx.shape[1] - max(1, c.block_size // 2), None
-            if not use_cache or cache is None:
-                cache, new, past = self.new_cache(B) if use_cache else None, idx[:, start:], 0
+            if cache is None:
+                cache, new, past = self.new_cache() if use_cache else None, idx[:, start:], 0
             else:
                 new, past = idx[:, -1:], idx.shape[1] - 1 - start
-            x, concepts, _ = self.blocks(self.embed(new, past), 0, c.n_layer, scale=scale, cache=cache)
-            logits = self.head(x[:, -1]).float()
-            seen.append(None if concepts is None else TopK(concepts.values[:, -1], concepts.indices[:, -1]))
-            if top_k is not None and top_k < c.vocab_size:
-                logits[logits < logits.topk(top_k).values[:, -1:]] = -torch.inf
+            x, *_ = self.blocks(self.embed(new, past), 0, parting, cache=cache)
+            if len(idx) < S * B:  # the prompts have come to where the factors part them
+                idx, x = idx.repeat(S, 1), x.repeat(S, 1, 1)
+                for layer in (cache or [])[:parting]:
+                    layer.k, layer.v = layer.k.repeat(S, 1, 1, 1), layer.v.repeat(S, 1, 1, 1)
+            x, *_ = self.blocks(x, parting, c.n_layer, scale=scale, cache=cache)
+            logits, kept = self.head(x[:, -1]).float(), None
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)
             else:
-                logits -= logits.amax(-1, keepdim=True)  # so that a tiny temperature does not overflow
-                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+                if top_k is not None and top_k < c.vocab_size:
+                    logits, kept = logits.topk(top_k)
+                # a number drawn from 0 to 1 falls into one token's share; less the largest, a tiny temperature does not overflow
+                shares = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1).cumsum(-1)
+                drawn = torch.rand(B, 1, generator=generator, device=idx.device).repeat(S, 1)
+                token = (shares < drawn * shares[:, -1:]).sum(-1, keepdim=True)
+                token = token if kept is None else kept.gather(-1, token)
             idx = torch.cat((idx, token), dim=1)
-        concepts = TopK(*(torch.stack(t, dim=1) for t in zip(*seen))) if seen and seen[0] is not None else None
-        return idx, concepts
+        return idx
+
+    def new_cache(self):
+        c = self.config
+        return [LayerCache(c.block_size * (2 if c.interleaved and i >= c.insert_layer else 1)) for i in range(c.n_layer)]
 
 
 class LayerCache:
     """The keys and values of one block, (B, heads, positions, d/heads), filled from the left."""
-    def __init__(self, batch, n_head, positions, width, like):
-        self.k = torch.empty(batch, n_head, positions, width, dtype=like.dtype, device=like.device)
-        self.v = torch.empty_like(self.k)
-        self.length = 0
+    def __init__(self, positions):
+        self.positions, self.length = positions, 0
 
     def append(self, k, v):
+        if not self.length:
+            self.k, self.v = (t.new_empty(*t.shape[:2], self.positions, t.shape[3]) for t in (k, v))
         end = self.length + k.shape[2]
         self.k[:, :, self.length:end], self.v[:, :, self.length:end] = k, v
         self.length = end

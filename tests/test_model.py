@@ -1,4 +1,6 @@
 """The model against plain formulas, in float64: values and gradients."""
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,20 +115,75 @@ def test_a_later_token_never_changes_an_earlier_logit(insert, mix):
 @pytest.mark.parametrize("temperature", [0, 0.9])
 def test_generation_with_the_cache_equals_generation_without(insert, mix, temperature):
     model = tiny_gpt(insert=insert, mix=mix)
-    for length in (1, 5, 16, 25):  # within block_size, up to it, and from a prompt beyond it
-        idx = torch.randint(61, (3, length))
-        with_cache, a = model.generate(idx, 30, temperature, top_k=20, generator=torch.Generator().manual_seed(1))
-        without, b = model.generate(idx, 30, temperature, top_k=20, generator=torch.Generator().manual_seed(1), use_cache=False)
-        assert torch.equal(with_cache, without)
-        assert with_cache.shape == (3, length + 30) and torch.equal(with_cache[:, :length], idx)
-        if insert == "concept":
-            assert torch.equal(a.indices, b.indices) and a.indices.shape == (3, 30, 5)
+    sweep = torch.ones(3, 1, 40, dtype=torch.float64)
+    sweep[:, 0, 7] = torch.tensor([-8.0, 1.0, 8.0])
+    for scale in (None, sweep) if insert == "concept" else (None,):
+        for length in (1, 5, 16, 25):  # within block_size, up to it, and from a prompt beyond it
+            idx = torch.randint(61, (2, length))
+            with_cache, without = (model.generate(idx, 30, temperature, 20, scale, torch.Generator().manual_seed(1), cache) for cache in (True, False))
+            assert torch.equal(with_cache, without)
+            rows = 2 if scale is None else 6
+            assert with_cache.shape == (rows, length + 30) and torch.equal(with_cache[:, :length], idx.repeat(rows // 2, 1))
+
+
+@pytest.mark.parametrize("mix", ["interleave", "interleave_residual", "add"])
+def test_a_sweep_equals_each_factor_alone_with_the_same_luck(mix):
+    model = tiny_gpt(insert="concept", mix=mix)
+    sweep = torch.ones(4, 1, 40, dtype=torch.float64)
+    sweep[:, 0, [3, 17]] = torch.tensor([[-8.0, 5.0], [1.0, 1.0], [0.0, 9.0], [9.0, 0.0]], dtype=torch.float64)
+    idx = torch.randint(61, (2, 7))
+    together = model.generate(idx, 25, top_k=30, scale=sweep, generator=torch.Generator().manual_seed(3)).view(4, 2, -1)
+    alone = [model.generate(idx, 25, top_k=30, scale=s[0], generator=torch.Generator().manual_seed(3)) for s in sweep]
+    assert torch.equal(together, torch.stack(alone))
+    assert torch.equal(together[1], model.generate(idx, 25, top_k=30, generator=torch.Generator().manual_seed(3)))  # factors of one steer nothing
+    assert len({tuple(rows.flatten().tolist()) for rows in together}) > 1
+
+
+def test_a_sweep_sends_the_prompt_through_the_lower_blocks_once():
+    model, rows = tiny_gpt(insert="concept"), []
+    model.h[0].register_forward_hook(lambda block, args, out: rows.append(tuple(args[0].shape[:2])))
+    model.generate(torch.randint(61, (2, 7)), 3, scale=torch.ones(5, 1, 40, dtype=torch.float64))
+    assert rows == [(2, 7), (10, 1), (10, 1)]
+
+
+def test_tokens_are_drawn_with_the_probabilities_of_the_model():
+    model = tiny_gpt(n_layer=1)
+    idx = torch.randint(61, (1, 2))
+    shares = (model(idx).logits[0, -1] / 0.7).softmax(-1)
+    for top_k in (None, 5):
+        expected = shares if top_k is None else torch.where(shares >= shares.topk(5).values[-1], shares, 0)
+        drawn = model.generate(idx.expand(20_000, -1), 1, 0.7, top_k, generator=torch.Generator().manual_seed(0))[:, -1]
+        found = torch.bincount(drawn, minlength=61) / 20_000
+        assert (found - expected / expected.sum()).abs().max() < 0.012
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_the_concepts_alone_are_those_of_the_whole_forward(mix):
+    model, (idx, *_) = tiny_gpt(insert="concept", mix=mix), batch()
+    scale = torch.ones(40, dtype=torch.float64)
+    scale[5] = -9
+    for s in (None, scale):
+        alone, whole = model.concepts(idx, s), model(idx, scale=s).concepts
+        assert torch.equal(alone.indices, whole.indices) and torch.equal(alone.values, whole.values)
+
+
+@pytest.mark.slow
+def test_generation_with_the_cache_is_eight_times_as_fast():
+    """The demo's shape, 8 samples of 256 new tokens."""
+    model = tiny_gpt(torch.float32, block_size=256, vocab_size=4096, n_layer=4, n_embd=128, insert="concept", mix="interleave_residual", insert_layer=2,
+                     n_concepts=2048, concept_k=16)
+    idx, seconds = torch.randint(4096, (8, 8)), []
+    for use_cache in (True, False):
+        started = time.perf_counter()
+        model.generate(idx, 256, top_k=200, use_cache=use_cache)
+        seconds.append(time.perf_counter() - started)
+    assert seconds[1] >= 8 * seconds[0], seconds
 
 
 def test_beyond_block_size_generation_goes_on_from_the_last_half():
-    model = tiny_gpt()
+    model = tiny_gpt(insert_layer=9)  # which a plain GPT does not look at
     idx = torch.randint(61, (1, 16))
-    out, _ = model.generate(idx, 6, temperature=0)
+    out = model.generate(idx, 6, temperature=0)
     for n in range(16, 22):  # at 17 tokens the window starts anew at 17 - 8 = 9
         window = out[:, 0:n] if n <= 16 else out[:, 9:n]
         assert out[0, n] == model(window).logits[0, -1].argmax()
@@ -139,7 +196,7 @@ def test_padding_is_never_sampled_and_never_in_the_loss():
     idx, targets, _ = batch()
     assert model(idx).logits.shape[-1] == 61
     assert model(idx, targets).loss.item() == pytest.approx(F.cross_entropy(model(idx).logits.flatten(0, 1), targets.flatten()).item())
-    assert model.generate(idx, 20, temperature=1.5)[0].max() < 61
+    assert model.generate(idx, 20, temperature=1.5).max() < 61
     model(idx, targets).loss.backward()
     assert model.wte.weight.grad[61:].abs().max() == 0
 

@@ -13,7 +13,6 @@ import torch
 import concepts
 import data
 import eval as evaluation
-import sample
 import train
 from config import read_log
 from conftest import TINY, make_dataset, run
@@ -278,29 +277,3 @@ def test_compare_prints_the_course_of_training_from_folders_and_from_logs(chain,
     assert lines[2].startswith("| ntp | 1 |") and lines[3].startswith(f"| mine | 1 | {val[0]:.3f} | {val[1]:.3f} |")
     assert (tmp_path / "c.svg").is_file()
     assert "--compare needs runs" in run(evaluation.main, "--compare")[2]
-
-
-def test_sample_is_repeatable_steers_and_inspects(chain, dataset):
-    common = [chain["cocomix"], "--device=cpu", "--max_new_tokens=12", "--start=def f"]
-    plain = run(sample.main, *common)
-    assert plain[0] == 0 and "def f" in plain[1] and plain == run(sample.main, *common)
-    assert run(sample.main, *common, "--seed=2")[1] != plain[1]
-    status, out, err = run(sample.main, *common, "--steer=3:9,17:-9")
-    assert status == 0 and "concept 3 × 9" in out and "concept 17 × -9" in out
-    status, out, err = run(sample.main, *common, "--steer", "--tokens=1000")
-    assert status == 0, err
-    assert out.count("──") >= 4 and out.count("which comes before") == 3
-    status, out, _ = run(sample.main, *common, "--inspect")
-    assert status == 0 and sum(line.count("(") >= 4 for line in out.splitlines()) == 12
-
-
-def test_a_factor_of_one_steers_nothing(chain):
-    common = [chain["cocomix"], "--device=cpu", "--max_new_tokens=20", "--start=def f"]
-    _, out, _ = run(sample.main, *common, "--steer=3:1")
-    texts = [part.partition("\n")[2].strip() for part in out.split("──")if "\n" in part]
-    assert texts[-1] == texts[-2] != ""
-
-
-def test_concepts_report(chain):
-    status, out, err = run(concepts.main, chain["cocomix"], "--tokens=1000", "--top=5", "--device=cpu")
-    assert status == 0 and len(out.strip().splitlines()) == 8, err

@@ -57,7 +57,7 @@ def test_loglikelihoods_equal_a_forward_pass_over_each_text(insert, mix, batch_s
 def test_the_likeliest_continuation_is_told(monkeypatch):
     monkeypatch.setattr(evaluation, "chunk_rows", lambda device, width: 3)
     model, context = tiny_gpt().eval(), [5, 9, 2]
-    best = model.generate(torch.tensor([context]), 4, temperature=0)[0][0, 3:].tolist()
+    best = model.generate(torch.tensor([context]), 4, temperature=0)[0, 3:].tolist()
     other = best[:3] + [(best[3] + 1) % 61]
     answers = evaluation.loglikelihoods(model, [[(context, best), (context, other), (context, best[:1])]], 2)
     assert [likeliest for _, likeliest in answers[0]] == [True, False, True]

@@ -206,7 +206,7 @@ def test_the_steering_table_is_the_geometric_mean_over_concepts(monkeypatch):
 
 def test_hit_rate_stands_beside_that_of_the_commonest_labels(cocomix):
     folder, content, *_ = cocomix
-    row = evaluation.evaluate(content, CPU)
+    row = evaluation.evaluate(content, load_model(content), CPU)
     teacher, tokens = concepts.of_run(content, CPU), data.tokens_of_run(content, "val")
     labels = torch.cat([teacher.labels(x, y).flatten(0, 1) for x, y in data.sequential(tokens, 32, 8, 257)])
     commonest = set(labels.flatten().bincount().topk(4).indices.tolist())

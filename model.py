@@ -16,6 +16,7 @@ Shapes: B sequences, T tokens, d = n_embd, V vocabulary, C concepts, N = B·T.
 """
 import math
 import os
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -631,6 +632,10 @@ def find_checkpoint(run=None):
 def read_tensors(path, what):
     """A file of torch.save as tensors and plain values, never code, on the CPU. UserError: cut short, damaged, not one."""
     try:
+        if zipfile.is_zipfile(path):  # torch.save writes a checksum of each tensor, which torch.load does not look at
+            with zipfile.ZipFile(path) as file:
+                if damaged := file.testzip():
+                    raise ValueError(damaged)
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise

@@ -363,6 +363,9 @@ def main(argv):
         save_checkpoint(checkpoint, sae_config=asdict(cfg), sae=sae.state_dict(), optimizer=optimizer.state_dict(), step=step, seconds=seconds)
 
     with config.Stop() as stop, config.progress(steps * cfg.batch_size, "SAE", "tok", initial=step * cfg.batch_size, unit_scale=True) as bar:
+        if step == 0:
+            save()
+            log.begin()
         started = time.perf_counter() - seconds
         while step < steps:
             x = states[step]
@@ -401,10 +404,10 @@ def main(argv):
     info = dict(concept_model=cfg.concept_model, concept_model_hash=model_hash(gpt), concept_layer=cfg.concept_layer, dataset=cfg.dataset, n_concepts=cfg.n_concepts, k=cfg.k,
                 tokens=steps * cfg.batch_size, seconds=round(seconds, 1), dead_tokens=dead_tokens,
                 **report(sae, gpt, cfg.concept_layer, val, block_size, device, dead_tokens))
-    with data.replacing(out / "sae.pt") as file:
-        torch.save({k: v.cpu() if torch.is_tensor(v) else v for k, v in sae.published().items()}, file)
     with data.replacing(out / "sae.json") as file:
         file.write(json.dumps(info, indent=1).encode() + b"\n")
+    with data.replacing(out / "sae.pt") as file:  # the last: where it is, all is done
+        torch.save({k: v.cpu() if torch.is_tensor(v) else v for k, v in sae.published().items()}, file)
     print(f"{out}: {summary(info)}")
 
 

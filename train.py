@@ -386,6 +386,7 @@ def main(argv):
                 stale.unlink()
             evaluation()
             save()
+            log.begin()
         since, clock = step, time.perf_counter()
         for x, y, labels in batches.prefetch(step, cfg.max_iters, device, disk):
             torch.manual_seed(data.mixed_seed(cfg.seed, step, ranks.rank))  # of dropout: nothing to save but the step

@@ -366,7 +366,7 @@ def main(argv):
         if step == 0:
             save()
             log.begin()
-        started = time.perf_counter() - seconds
+        started, unseen, spikes = time.perf_counter() - seconds, [], config.Spikes()
         while step < steps:
             x = states[step]
             fvu, aux, top = losses(sae, x, sae.since_active >= dead_tokens, cfg.k_aux)
@@ -382,6 +382,7 @@ def main(argv):
                 rate = max(0.01, 1 / (step + 1))  # running means over about the last hundred steps
                 sae.frequency.lerp_(fired / len(x), rate)
                 sae.mean_square.lerp_(torch.zeros_like(fired).index_add_(0, index, value ** 2) / len(x), rate)
+            unseen.append((fvu + aux).detach())
             step += 1
             bar.update(len(x))
             stopping = stop.signal  # read once: a signal in what follows belongs to the next step
@@ -390,9 +391,14 @@ def main(argv):
                 seconds = time.perf_counter() - started
                 line = dict(step=step, tokens=step * cfg.batch_size, fvu=fvu.item(), aux=aux.item(), l0=(top.values > 0).float().sum(-1).mean().item(),
                             dead_share=(sae.since_active >= dead_tokens).float().mean().item(), seconds=seconds)
-                if not math.isfinite(line["fvu"] + line["aux"]) or not all(p.isfinite().all() for p in sae.parameters()):
-                    raise UserError(f"the SAE's loss is {line['fvu']} at step {step} or a weight is not finite; a lower learning_rate than {cfg.learning_rate} may help; "
-                                    f"the last good checkpoint is {checkpoint}")
+                remedy = f"a learning_rate below {cfg.learning_rate} may help"
+                for at, loss in enumerate(torch.stack(unseen).tolist(), step - len(unseen) + 1):
+                    if not math.isfinite(loss):
+                        raise UserError(f"the SAE's loss is {loss} at step {at}: not finite; the last good checkpoint is {checkpoint}; {remedy}")
+                if not all(p.isfinite().all() for p in sae.parameters()):
+                    raise UserError(f"a weight of the SAE is not finite at step {step}; the last good checkpoint is {checkpoint}; {remedy}")
+                spikes.see("FVU", line["fvu"], step, remedy)
+                unseen = []
                 if step % cfg.log_interval == 0 or step == steps:
                     log.write(line)
                 bar.set_postfix_str(f"FVU {line['fvu']:.3f} dead {line['dead_share']:.1%}")

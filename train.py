@@ -360,6 +360,8 @@ def main(argv):
     run = dict(train_config=asdict(cfg), tokenizer=meta["tokenizer"], tokenizer_hash=meta["tokenizer_hash"])
 
     def save():
+        for name, p in model.named_parameters():
+            finite(f"the weight {name}", p.abs().max().item())
         if ranks.first:
             save_checkpoint(checkpoint, **model_checkpoint(model, **run, optimizer=optimizer.state_dict(), step=step, seconds=seconds, val_loss=val_loss, best_val_loss=best))
         ranks.wait()
@@ -368,16 +370,16 @@ def main(argv):
         nonlocal val_loss, best
         with autocast:
             val_loss, concept_loss = evaluate(compiled, cfg, val_batches, val_labels and val_labels(), ranks)
-        finite("val loss", val_loss)
+        finite("the val loss", val_loss)
         best = min(best, val_loss)
         line = dict(step=step, tokens=step * tokens_a_step, val_loss=val_loss, seconds=seconds)
         if concept_loss is not None:
             line["val_concept_loss"] = concept_loss
         log.write(line)
 
-    def finite(name, value):
+    def finite(name, value, at=None):
         if not math.isfinite(value):
-            raise UserError(f"the {name} is {value} at step {step}: not finite; the last good checkpoint is {checkpoint}; a learning_rate below {cfg.learning_rate} may help")
+            raise UserError(f"{name} is {value} at step {step if at is None else at}: not finite; the last good checkpoint is {checkpoint}; a learning_rate below {cfg.learning_rate} may help")
 
     with config.Stop() as stop, config.progress(cfg.max_iters * tokens_a_step, cfg.method, "tok", initial=step * tokens_a_step, unit_scale=True) as bar:
         model.train()
@@ -387,7 +389,7 @@ def main(argv):
             evaluation()
             save()
             log.begin()
-        since, clock = step, time.perf_counter()
+        since, clock, norms, spikes = step, time.perf_counter(), [], config.Spikes()
         for x, y, labels in batches.prefetch(step, cfg.max_iters, device, disk):
             torch.manual_seed(data.mixed_seed(cfg.seed, step, ranks.rank))  # of dropout: nothing to save but the step
             means = {}
@@ -405,7 +407,7 @@ def main(argv):
                 for name, value in (("loss", losses.next_token), ("concept_loss", losses.concept), ("kl", losses.kl)):
                     if value is not None:
                         means[name] = means.get(name, 0) + value * share
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(cfg, step)
             optimizer.step()
@@ -417,14 +419,17 @@ def main(argv):
             at_eval = step % cfg.eval_interval == 0 or last
             stopping = ranks.largest(stop.signal or 0)  # read once: a signal in what follows belongs to the next step
             if step % cfg.log_interval == 0 or at_eval or stopping:
-                means = {name: total / ranks.size for name, total in zip(means, ranks.sum(*means.values()))}  # waits for the device
+                norms = torch.stack(norms).tolist()  # waits for the device
+                for at, norm in enumerate(norms, since + 1):
+                    finite("the gradient's norm", norm, at)
+                means = {name: total / ranks.size for name, total in zip(means, ranks.sum(*means.values()))}
                 for name, value in means.items():
-                    finite(name.replace("_", " "), value)
-                finite("gradient's norm", norm.item())
+                    finite("the " + name.replace("_", " "), value)
+                spikes.see("loss", means["loss"], step, f"if it does not come down again, begin anew with a learning_rate below {cfg.learning_rate}")
                 now = time.perf_counter()
                 seconds += now - clock
                 speed = (step - since) * tokens_a_step / (now - clock)
-                line = dict(step=step, tokens=step * tokens_a_step, **means, lr=learning_rate(cfg, step - 1), grad_norm=norm.item(), tokens_per_s=speed, seconds=seconds)
+                line = dict(step=step, tokens=step * tokens_a_step, **means, lr=learning_rate(cfg, step - 1), grad_norm=norm, tokens_per_s=speed, seconds=seconds)
                 text = " ".join(f"{name.removesuffix('_loss')} {value:.3f}" for name, value in means.items())
                 if peak:
                     line["mfu"] = speed * (flops + guided * concept_flops) / (peak * ranks.size)
@@ -433,11 +438,11 @@ def main(argv):
                 bar.set_postfix_str(text + (f" val {val_loss:.3f}" if math.isfinite(val_loss) else ""))
                 if at_eval:
                     evaluation()
+                if at_eval and cfg.keep_checkpoints and ranks.first:  # first: a run killed in between writes it again
+                    save_checkpoint(out / f"step_{step}.pt", **model_checkpoint(model, **run, step=step))
                 if at_eval or stopping:
                     save()
-                if at_eval and cfg.keep_checkpoints and ranks.first:
-                    save_checkpoint(out / f"step_{step}.pt", **model_checkpoint(model, **run, step=step))
-                since, clock = step, time.perf_counter()
+                since, clock, norms = step, time.perf_counter(), []
             if stopping and not last:
                 ranks.leave()
                 return stop.leave(stopping, checkpoint, step)

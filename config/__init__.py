@@ -359,6 +359,22 @@ def read_log(path):
     return [line for line in lines if isinstance(line, dict)]
 
 
+class Spikes:
+    """Warns, in a line above the bar, of a loss far above what it was: by six standard deviations and a twentieth of its
+    running mean, both over about the last 50 values seen. The first 20 only teach it."""
+    def __init__(self):
+        self.seen, self.mean, self.variance = 0, 0.0, 0.0
+
+    def see(self, name, value, step, remedy):
+        over = value - self.mean
+        if not RANK and self.seen >= 20 and over > max(6 * self.variance ** 0.5, self.mean / 20):
+            tqdm.write(f"warning: the {name} {value:.3f} at step {step} is far above its running mean {self.mean:.3f}; {remedy}", file=sys.stderr)
+        self.seen += 1
+        share = max(0.02, 1 / self.seen)
+        self.mean += share * over
+        self.variance = (1 - share) * (self.variance + share * over ** 2)
+
+
 class Stop:
     """`with Stop() as stop`: Ctrl-C and SIGTERM set stop.signal, for the loop to save and leave; a second one ends at once
     (not under torchrun, which passes on what its processes have got already, and ends them by itself after 30 s)."""

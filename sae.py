@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 import data
 from config import UserError, key
-from model import (TopK, linear_cross_entropy, linear_topk, load_checkpoint, load_gpt, pick_device, read_tensors, save_checkpoint, sparse_decode)
+from model import (TopK, linear_cross_entropy, linear_topk, load_checkpoint, load_gpt, load_optimizer, pick_device, read_tensors, save_checkpoint, sparse_decode)
 
 PUBLISHED = "https://openaipublic.blob.core.windows.net/sparse-autoencoder/gpt2-small/resid_post_mlp_v5_{size}/autoencoders/{layer}.pt"
 SIZES = {"openai": ("32k", 32768), "openai_128k": ("128k", 131072)}  # as its address says it, n_concepts; for GPT-2 124M, 12 layers of width 768
@@ -88,6 +88,8 @@ class SAE(nn.Module):
     @staticmethod
     def from_published(state, path="the file"):
         """An SAE from a state dict of the published layout. UserError: not one, or of a kind not supported here."""
+        if not isinstance(state, dict):
+            raise UserError(f"{path} is not an SAE in the published layout (a {type(state).__name__})")
         try:
             activation, settings = state["activation"], dict(state.get("activation_state_dict", {}))
             (n_concepts, d), k = state["encoder.weight"].shape, int(settings.get("k", 0))
@@ -101,6 +103,8 @@ class SAE(nn.Module):
             raise UserError(f"{path} is not an SAE in the published layout ({type(e).__name__}: {str(e).splitlines()[0]})") from e
         if not 1 <= k <= n_concepts:
             raise UserError(f"{path}: k={k} of {n_concepts} concepts can't be")
+        if not all(p.isfinite().all() for p in sae.parameters()):
+            raise UserError(f"{path} holds weights that are not finite; fetch or train it again")
         return sae
 
 
@@ -138,8 +142,8 @@ def read_info(path):
     """The sae.json beside an SAE of ours as a dict; {} where there is none (a published file)."""
     path = Path(path).with_suffix(".json")
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as e:
+        return dict(**json.loads(path.read_text())) if path.is_file() else {}
+    except (ValueError, TypeError) as e:
         raise UserError(f"{path} is damaged; train the SAE again") from e
 
 
@@ -323,6 +327,8 @@ def report(sae, gpt, layer, tokens, block_size, device, dead_tokens):
 
 def main(argv):
     cfg, _ = config.parse(Config, argv, __doc__, most=0)
+    if not cfg.out_dir.strip():
+        raise UserError("out_dir is empty: name a folder, such as --out_dir=out/sae")
     device, out = pick_device(cfg.device), Path(cfg.out_dir)
     if cfg.k > cfg.n_concepts:
         raise UserError(f"k={cfg.k} latents can't be kept of n_concepts={cfg.n_concepts}")
@@ -350,7 +356,7 @@ def main(argv):
         content = load_checkpoint(checkpoint, ("sae_config", "sae", "optimizer", "step", "seconds"))
         config.check_same(content["sae_config"], asdict(cfg), checkpoint, free=("out_dir", "log_interval", "save_interval", "device", "resume"))
         sae.load_state_dict(content["sae"])
-        optimizer.load_state_dict(content["optimizer"])
+        load_optimizer(optimizer, content, checkpoint)
         step, seconds = content["step"], content["seconds"]
         if step >= steps and (out / "sae.pt").is_file():
             print(f"{out}: already trained ({step} steps); {summary(read_info(out / 'sae.pt'))}")

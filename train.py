@@ -26,14 +26,14 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from concepts import Guidance, LabelKeys, check_tokenizer, load_concept_model, open_labels, uses_bf16
 from config import UserError, key
-from model import GPT, RUN, ModelConfig, load_checkpoint, load_model, model_checkpoint, perplexity, pick_device, save_checkpoint
+from model import GPT, RUN, ModelConfig, load_checkpoint, load_model, load_optimizer, model_checkpoint, perplexity, pick_device, save_checkpoint
 
 
 @dataclass(frozen=True)
 class Config(LabelKeys):  # the keys that choose data and labels stand in concepts.py
     # what is trained
     method: Literal["ntp", "kd", "pause", "pause_kd", "cocomix", "cocomix_kd"] = key("ntp", "next-token prediction; with a teacher (KD), pause vectors, concepts")
-    n_layer: int = key(12, "blocks", low=1)
+    n_layer: int = key(12, "blocks", low=1, high=1000)
     n_head: int = key(12, "attention heads", low=1)
     n_embd: int = key(768, "width of the hidden states", low=1)
     dropout: float = key(0.0, "share of activations dropped", low=0, high=0.99)
@@ -48,7 +48,7 @@ class Config(LabelKeys):  # the keys that choose data and labels stand in concep
     kd_weight: float = key(0.1, "KD: weight of KL(concept model ‖ model)", low=0)
     labels: Literal["fly", "disk"] = key("fly", "label concepts made at each step, or read (concepts.py --write_labels made them)")
     # data and length
-    batch_size: int = key(480, "sequences an optimizer step", low=1)
+    batch_size: int = key(480, "sequences an optimizer step", low=1, high=1_000_000)
     micro_batch_size: int | Literal["auto"] = key("auto", "sequences at once in a process, at most; auto: what fits into the GPU's memory", low=1)
     max_iters: int = key(40000, "optimizer steps", low=0)
     max_tokens: int | None = key(None, "tokens to train on; sets max_iters", low=1)
@@ -327,7 +327,7 @@ def main(argv):
     optimizer = make_optimizer(model, cfg, device)
     step, seconds, best = 0, 0.0, math.inf
     if content is not None:
-        optimizer.load_state_dict(content["optimizer"])
+        load_optimizer(optimizer, content, checkpoint)
         step, seconds, best = content["step"], content["seconds"], content["best_val_loss"]
     if ranks.sum(step) != [step * ranks.size]:
         raise UserError(f"some processes found {checkpoint} and others another one or none: out_dir must be a folder that all machines share")

@@ -107,7 +107,7 @@ def _one(kind, value):
     elif kind is float:
         if not isinstance(value, bool) and math.isfinite(float(value)):
             return float(value)
-    elif kind is str and text:
+    elif kind is str and text and "\0" not in value:
         return value
     raise ValueError
 

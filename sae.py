@@ -12,6 +12,8 @@ standard deviation over its features:
 Files are in the layout of the published SAEs (openai/sparse_autoencoder): those load here, ours load there.
 Beside sae.pt a run leaves sae.json (what it was trained on, and how well it does), log.jsonl and sae_ckpt.pt.
 """
+import base64
+import hashlib
 import http.client
 import json
 import math
@@ -171,17 +173,21 @@ def fetch_sae(name, layer):
 
 
 def download(url, name, remedy):
-    """Yield what is behind url a megabyte at a time. UserError: no network, nothing there, or cut short; the remedy is said."""
+    """Yield what is behind url a megabyte at a time. UserError: no network, nothing there, cut short, or of another size or MD5
+    than the server says; the remedy is said."""
     try:
         with urllib.request.urlopen(url, timeout=30) as answer:
-            length, count = int(answer.headers.get("Content-Length") or 0), 0
+            length, count, digest = int(answer.headers.get("Content-Length") or 0), 0, hashlib.md5(usedforsecurity=False)
             with config.progress(length or None, name, "B", unit_scale=True) as bar:
                 while piece := answer.read(1 << 20):
                     yield piece
                     count += len(piece)
+                    digest.update(piece)
                     bar.update(len(piece))
             if length and count != length:
                 raise OSError(f"{count} of {length} bytes came")
+            if answer.headers.get("Content-MD5", expected := base64.b64encode(digest.digest()).decode()) != expected:
+                raise OSError("what came has another MD5 than the server says")
     except (OSError, ValueError, http.client.HTTPException) as e:
         raise UserError(f"the SAE can't be fetched ({type(e).__name__}: {e}); {remedy}") from e
 

@@ -340,6 +340,8 @@ def main(argv):
         return
     device = pick_device(cfg.device)
     if cfg.only_memory is not None:
+        if cfg.only_memory >= len(wanted):
+            raise UserError(f"only_memory={cfg.only_memory}: there are rows 0 to {len(wanted) - 1}")
         row = Row(*wanted[cfg.only_memory][:2], device, wanted[cfg.only_memory][2])
         row.step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))

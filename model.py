@@ -16,6 +16,8 @@ Shapes: B sequences, T tokens, d = n_embd, V vocabulary, C concepts, N = B·T.
 """
 import math
 import os
+import warnings
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -619,6 +621,7 @@ class LayerCache:
 # Checkpoints and devices
 
 RUN = ("model_config", "model", "train_config", "tokenizer", "tokenizer_hash")  # what a run's checkpoint holds at least
+KINDS = dict(tokenizer=str, tokenizer_hash=str, step=int, seconds=float, val_loss=float, best_val_loss=float)  # all else in one is a dict
 
 
 def save_checkpoint(path, **content):
@@ -647,7 +650,13 @@ def find_checkpoint(run=None):
 def read_tensors(path, what):
     """A file of torch.save as tensors and plain values, never code, on the CPU. UserError: cut short, damaged, not one."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):  # torch.save writes a checksum of each tensor, which torch.load does not look at
+            with zipfile.ZipFile(path) as file:
+                if damaged := file.testzip():
+                    raise ValueError(damaged)
+        with warnings.catch_warnings():  # of a kind of pickle that is refused anyway
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as e:  # torch and pickle raise many kinds
@@ -658,7 +667,7 @@ def load_checkpoint(run=None, needs=("model_config", "model")):
     """A checkpoint as a dict of tensors and plain values. UserError: none there, damaged, not of this kind."""
     path = find_checkpoint(run)
     content = read_tensors(path, "a checkpoint")
-    if not isinstance(content, dict) or not all(key in content for key in needs):
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), KINDS.get(key, dict)) for key in needs):
         raise UserError(f"{path} is not a checkpoint of this kind: {', '.join(needs)} expected in it")
     return content
 
@@ -666,12 +675,20 @@ def load_checkpoint(run=None, needs=("model_config", "model")):
 def load_model(content, device="cpu"):
     """The GPT of a checkpoint's content, in evaluation mode."""
     known = {f.name for f in fields(ModelConfig)}
-    model = GPT(ModelConfig(**{k: v for k, v in content["model_config"].items() if k in known}))
     try:
+        model = GPT(ModelConfig(**{k: v for k, v in content["model_config"].items() if k in known}))
         model.load_state_dict(content["model"])
-    except RuntimeError as e:
+    except (RuntimeError, TypeError) as e:
         raise UserError(f"the checkpoint's weights don't fit its model config: {str(e).splitlines()[-1].strip()}") from e
     return model.to(device).eval()
+
+
+def load_optimizer(optimizer, content, path):
+    """Into an optimizer, its state from a checkpoint's content. UserError: it is of other parameters."""
+    try:
+        optimizer.load_state_dict(content["optimizer"])
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"the optimizer's state in {path} doesn't fit the model ({type(e).__name__}: {e}); start again: --overwrite, or another --out_dir") from e
 
 
 def model_checkpoint(model, **more):

@@ -12,6 +12,8 @@ standard deviation over its features:
 Files are in the layout of the published SAEs (openai/sparse_autoencoder): those load here, ours load there.
 Beside sae.pt a run leaves sae.json (what it was trained on, and how well it does), log.jsonl and sae_ckpt.pt.
 """
+import base64
+import hashlib
 import http.client
 import json
 import math
@@ -28,7 +30,7 @@ import torch.nn.functional as F
 
 import data
 from config import UserError, key
-from model import (TopK, linear_cross_entropy, linear_topk, load_checkpoint, load_gpt, pick_device, read_tensors, save_checkpoint, sparse_decode)
+from model import (TopK, linear_cross_entropy, linear_topk, load_checkpoint, load_gpt, load_optimizer, pick_device, read_tensors, save_checkpoint, sparse_decode)
 
 PUBLISHED = "https://openaipublic.blob.core.windows.net/sparse-autoencoder/gpt2-small/resid_post_mlp_v5_{size}/autoencoders/{layer}.pt"
 SIZES = {"openai": ("32k", 32768), "openai_128k": ("128k", 131072)}  # as its address says it, n_concepts; for GPT-2 124M, 12 layers of width 768
@@ -88,6 +90,8 @@ class SAE(nn.Module):
     @staticmethod
     def from_published(state, path="the file"):
         """An SAE from a state dict of the published layout. UserError: not one, or of a kind not supported here."""
+        if not isinstance(state, dict):
+            raise UserError(f"{path} is not an SAE in the published layout (a {type(state).__name__})")
         try:
             activation, settings = state["activation"], dict(state.get("activation_state_dict", {}))
             (n_concepts, d), k = state["encoder.weight"].shape, int(settings.get("k", 0))
@@ -101,6 +105,8 @@ class SAE(nn.Module):
             raise UserError(f"{path} is not an SAE in the published layout ({type(e).__name__}: {str(e).splitlines()[0]})") from e
         if not 1 <= k <= n_concepts:
             raise UserError(f"{path}: k={k} of {n_concepts} concepts can't be")
+        if not all(p.isfinite().all() for p in sae.parameters()):
+            raise UserError(f"{path} holds weights that are not finite; fetch or train it again")
         return sae
 
 
@@ -138,8 +144,8 @@ def read_info(path):
     """The sae.json beside an SAE of ours as a dict; {} where there is none (a published file)."""
     path = Path(path).with_suffix(".json")
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as e:
+        return dict(**json.loads(path.read_text())) if path.is_file() else {}
+    except (ValueError, TypeError) as e:
         raise UserError(f"{path} is damaged; train the SAE again") from e
 
 
@@ -167,17 +173,21 @@ def fetch_sae(name, layer):
 
 
 def download(url, name, remedy):
-    """Yield what is behind url a megabyte at a time. UserError: no network, nothing there, or cut short; the remedy is said."""
+    """Yield what is behind url a megabyte at a time. UserError: no network, nothing there, cut short, or of another size or MD5
+    than the server says; the remedy is said."""
     try:
         with urllib.request.urlopen(url, timeout=30) as answer:
-            length, count = int(answer.headers.get("Content-Length") or 0), 0
+            length, count, digest = int(answer.headers.get("Content-Length") or 0), 0, hashlib.md5(usedforsecurity=False)
             with config.progress(length or None, name, "B", unit_scale=True) as bar:
                 while piece := answer.read(1 << 20):
                     yield piece
                     count += len(piece)
+                    digest.update(piece)
                     bar.update(len(piece))
             if length and count != length:
                 raise OSError(f"{count} of {length} bytes came")
+            if answer.headers.get("Content-MD5", expected := base64.b64encode(digest.digest()).decode()) != expected:
+                raise OSError("what came has another MD5 than the server says")
     except (OSError, ValueError, http.client.HTTPException) as e:
         raise UserError(f"the SAE can't be fetched ({type(e).__name__}: {e}); {remedy}") from e
 
@@ -323,6 +333,8 @@ def report(sae, gpt, layer, tokens, block_size, device, dead_tokens):
 
 def main(argv):
     cfg, _ = config.parse(Config, argv, __doc__, most=0)
+    if not cfg.out_dir.strip():
+        raise UserError("out_dir is empty: name a folder, such as --out_dir=out/sae")
     device, out = pick_device(cfg.device), Path(cfg.out_dir)
     if cfg.k > cfg.n_concepts:
         raise UserError(f"k={cfg.k} latents can't be kept of n_concepts={cfg.n_concepts}")
@@ -350,7 +362,7 @@ def main(argv):
         content = load_checkpoint(checkpoint, ("sae_config", "sae", "optimizer", "step", "seconds"))
         config.check_same(content["sae_config"], asdict(cfg), checkpoint, free=("out_dir", "log_interval", "save_interval", "device", "resume"))
         sae.load_state_dict(content["sae"])
-        optimizer.load_state_dict(content["optimizer"])
+        load_optimizer(optimizer, content, checkpoint)
         step, seconds = content["step"], content["seconds"]
         if step >= steps and (out / "sae.pt").is_file():
             print(f"{out}: already trained ({step} steps); {summary(read_info(out / 'sae.pt'))}")
@@ -363,7 +375,10 @@ def main(argv):
         save_checkpoint(checkpoint, sae_config=asdict(cfg), sae=sae.state_dict(), optimizer=optimizer.state_dict(), step=step, seconds=seconds)
 
     with config.Stop() as stop, config.progress(steps * cfg.batch_size, "SAE", "tok", initial=step * cfg.batch_size, unit_scale=True) as bar:
-        started = time.perf_counter() - seconds
+        if step == 0:
+            save()
+            log.begin()
+        started, unseen, spikes = time.perf_counter() - seconds, [], config.Spikes()
         while step < steps:
             x = states[step]
             fvu, aux, top = losses(sae, x, sae.since_active >= dead_tokens, cfg.k_aux)
@@ -379,6 +394,7 @@ def main(argv):
                 rate = max(0.01, 1 / (step + 1))  # running means over about the last hundred steps
                 sae.frequency.lerp_(fired / len(x), rate)
                 sae.mean_square.lerp_(torch.zeros_like(fired).index_add_(0, index, value ** 2) / len(x), rate)
+            unseen.append((fvu + aux).detach())
             step += 1
             bar.update(len(x))
             stopping = stop.signal  # read once: a signal in what follows belongs to the next step
@@ -387,9 +403,14 @@ def main(argv):
                 seconds = time.perf_counter() - started
                 line = dict(step=step, tokens=step * cfg.batch_size, fvu=fvu.item(), aux=aux.item(), l0=(top.values > 0).float().sum(-1).mean().item(),
                             dead_share=(sae.since_active >= dead_tokens).float().mean().item(), seconds=seconds)
-                if not math.isfinite(line["fvu"] + line["aux"]) or not all(p.isfinite().all() for p in sae.parameters()):
-                    raise UserError(f"the SAE's loss is {line['fvu']} at step {step} or a weight is not finite; a lower learning_rate than {cfg.learning_rate} may help; "
-                                    f"the last good checkpoint is {checkpoint}")
+                remedy = f"a learning_rate below {cfg.learning_rate} may help"
+                for at, loss in enumerate(torch.stack(unseen).tolist(), step - len(unseen) + 1):
+                    if not math.isfinite(loss):
+                        raise UserError(f"the SAE's loss is {loss} at step {at}: not finite; the last good checkpoint is {checkpoint}; {remedy}")
+                if not all(p.isfinite().all() for p in sae.parameters()):
+                    raise UserError(f"a weight of the SAE is not finite at step {step}; the last good checkpoint is {checkpoint}; {remedy}")
+                spikes.see("FVU", line["fvu"], step, remedy)
+                unseen = []
                 if step % cfg.log_interval == 0 or step == steps:
                     log.write(line)
                 bar.set_postfix_str(f"FVU {line['fvu']:.3f} dead {line['dead_share']:.1%}")
@@ -401,10 +422,10 @@ def main(argv):
     info = dict(concept_model=cfg.concept_model, concept_model_hash=model_hash(gpt), concept_layer=cfg.concept_layer, dataset=cfg.dataset, n_concepts=cfg.n_concepts, k=cfg.k,
                 tokens=steps * cfg.batch_size, seconds=round(seconds, 1), dead_tokens=dead_tokens,
                 **report(sae, gpt, cfg.concept_layer, val, block_size, device, dead_tokens))
-    with data.replacing(out / "sae.pt") as file:
-        torch.save({k: v.cpu() if torch.is_tensor(v) else v for k, v in sae.published().items()}, file)
     with data.replacing(out / "sae.json") as file:
         file.write(json.dumps(info, indent=1).encode() + b"\n")
+    with data.replacing(out / "sae.pt") as file:  # the last: where it is, all is done
+        torch.save({k: v.cpu() if torch.is_tensor(v) else v for k, v in sae.published().items()}, file)
     print(f"{out}: {summary(info)}")
 
 

@@ -26,14 +26,14 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from concepts import Guidance, LabelKeys, check_tokenizer, load_concept_model, open_labels, uses_bf16
 from config import UserError, key
-from model import GPT, RUN, ModelConfig, load_checkpoint, load_model, model_checkpoint, perplexity, pick_device, save_checkpoint
+from model import GPT, RUN, ModelConfig, load_checkpoint, load_model, load_optimizer, model_checkpoint, perplexity, pick_device, save_checkpoint
 
 
 @dataclass(frozen=True)
 class Config(LabelKeys):  # the keys that choose data and labels stand in concepts.py
     # what is trained
     method: Literal["ntp", "kd", "pause", "pause_kd", "cocomix", "cocomix_kd"] = key("ntp", "next-token prediction; with a teacher (KD), pause vectors, concepts")
-    n_layer: int = key(12, "blocks", low=1)
+    n_layer: int = key(12, "blocks", low=1, high=1000)
     n_head: int = key(12, "attention heads", low=1)
     n_embd: int = key(768, "width of the hidden states", low=1)
     dropout: float = key(0.0, "share of activations dropped", low=0, high=0.99)
@@ -48,7 +48,7 @@ class Config(LabelKeys):  # the keys that choose data and labels stand in concep
     kd_weight: float = key(0.1, "KD: weight of KL(concept model ‖ model)", low=0)
     labels: Literal["fly", "disk"] = key("fly", "label concepts made at each step, or read (concepts.py --write_labels made them)")
     # data and length
-    batch_size: int = key(480, "sequences an optimizer step", low=1)
+    batch_size: int = key(480, "sequences an optimizer step", low=1, high=1_000_000)
     micro_batch_size: int | Literal["auto"] = key("auto", "sequences at once in a process, at most; auto: what fits into the GPU's memory", low=1)
     max_iters: int = key(40000, "optimizer steps", low=0)
     max_tokens: int | None = key(None, "tokens to train on; sets max_iters", low=1)
@@ -327,7 +327,7 @@ def main(argv):
     optimizer = make_optimizer(model, cfg, device)
     step, seconds, best = 0, 0.0, math.inf
     if content is not None:
-        optimizer.load_state_dict(content["optimizer"])
+        load_optimizer(optimizer, content, checkpoint)
         step, seconds, best = content["step"], content["seconds"], content["best_val_loss"]
     if ranks.sum(step) != [step * ranks.size]:
         raise UserError(f"some processes found {checkpoint} and others another one or none: out_dir must be a folder that all machines share")
@@ -360,6 +360,8 @@ def main(argv):
     run = dict(train_config=asdict(cfg), tokenizer=meta["tokenizer"], tokenizer_hash=meta["tokenizer_hash"])
 
     def save():
+        for name, p in model.named_parameters():
+            finite(f"the weight {name}", p.abs().max().item())
         if ranks.first:
             save_checkpoint(checkpoint, **model_checkpoint(model, **run, optimizer=optimizer.state_dict(), step=step, seconds=seconds, val_loss=val_loss, best_val_loss=best))
         ranks.wait()
@@ -368,16 +370,16 @@ def main(argv):
         nonlocal val_loss, best
         with autocast:
             val_loss, concept_loss = evaluate(compiled, cfg, val_batches, val_labels and val_labels(), ranks)
-        finite("val loss", val_loss)
+        finite("the val loss", val_loss)
         best = min(best, val_loss)
         line = dict(step=step, tokens=step * tokens_a_step, val_loss=val_loss, seconds=seconds)
         if concept_loss is not None:
             line["val_concept_loss"] = concept_loss
         log.write(line)
 
-    def finite(name, value):
+    def finite(name, value, at=None):
         if not math.isfinite(value):
-            raise UserError(f"the {name} is {value} at step {step}: not finite; the last good checkpoint is {checkpoint}; a learning_rate below {cfg.learning_rate} may help")
+            raise UserError(f"{name} is {value} at step {step if at is None else at}: not finite; the last good checkpoint is {checkpoint}; a learning_rate below {cfg.learning_rate} may help")
 
     with config.Stop() as stop, config.progress(cfg.max_iters * tokens_a_step, cfg.method, "tok", initial=step * tokens_a_step, unit_scale=True) as bar:
         model.train()
@@ -386,7 +388,8 @@ def main(argv):
                 stale.unlink()
             evaluation()
             save()
-        since, clock = step, time.perf_counter()
+            log.begin()
+        since, clock, norms, spikes = step, time.perf_counter(), [], config.Spikes()
         for x, y, labels in batches.prefetch(step, cfg.max_iters, device, disk):
             torch.manual_seed(data.mixed_seed(cfg.seed, step, ranks.rank))  # of dropout: nothing to save but the step
             means = {}
@@ -404,7 +407,7 @@ def main(argv):
                 for name, value in (("loss", losses.next_token), ("concept_loss", losses.concept), ("kl", losses.kl)):
                     if value is not None:
                         means[name] = means.get(name, 0) + value * share
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(cfg, step)
             optimizer.step()
@@ -416,14 +419,17 @@ def main(argv):
             at_eval = step % cfg.eval_interval == 0 or last
             stopping = ranks.largest(stop.signal or 0)  # read once: a signal in what follows belongs to the next step
             if step % cfg.log_interval == 0 or at_eval or stopping:
-                means = {name: total / ranks.size for name, total in zip(means, ranks.sum(*means.values()))}  # waits for the device
+                norms = torch.stack(norms).tolist()  # waits for the device
+                for at, norm in enumerate(norms, since + 1):
+                    finite("the gradient's norm", norm, at)
+                means = {name: total / ranks.size for name, total in zip(means, ranks.sum(*means.values()))}
                 for name, value in means.items():
-                    finite(name.replace("_", " "), value)
-                finite("gradient's norm", norm.item())
+                    finite("the " + name.replace("_", " "), value)
+                spikes.see("loss", means["loss"], step, f"if it does not come down again, begin anew with a learning_rate below {cfg.learning_rate}")
                 now = time.perf_counter()
                 seconds += now - clock
                 speed = (step - since) * tokens_a_step / (now - clock)
-                line = dict(step=step, tokens=step * tokens_a_step, **means, lr=learning_rate(cfg, step - 1), grad_norm=norm.item(), tokens_per_s=speed, seconds=seconds)
+                line = dict(step=step, tokens=step * tokens_a_step, **means, lr=learning_rate(cfg, step - 1), grad_norm=norm, tokens_per_s=speed, seconds=seconds)
                 text = " ".join(f"{name.removesuffix('_loss')} {value:.3f}" for name, value in means.items())
                 if peak:
                     line["mfu"] = speed * (flops + guided * concept_flops) / (peak * ranks.size)
@@ -432,11 +438,11 @@ def main(argv):
                 bar.set_postfix_str(text + (f" val {val_loss:.3f}" if math.isfinite(val_loss) else ""))
                 if at_eval:
                     evaluation()
+                if at_eval and cfg.keep_checkpoints and ranks.first:  # first: a run killed in between writes it again
+                    save_checkpoint(out / f"step_{step}.pt", **model_checkpoint(model, **run, step=step))
                 if at_eval or stopping:
                     save()
-                if at_eval and cfg.keep_checkpoints and ranks.first:
-                    save_checkpoint(out / f"step_{step}.pt", **model_checkpoint(model, **run, step=step))
-                since, clock = step, time.perf_counter()
+                since, clock, norms = step, time.perf_counter(), []
             if stopping and not last:
                 ranks.leave()
                 return stop.leave(stopping, checkpoint, step)

@@ -14,6 +14,7 @@ traceback). What every command shares stands here too: the progress bar, the log
 """
 import dataclasses
 import difflib
+import fcntl
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import sys
 import time
 import types
 import typing
+import weakref
 from pathlib import Path
 
 from tqdm import tqdm
@@ -105,7 +107,7 @@ def _one(kind, value):
     elif kind is float:
         if not isinstance(value, bool) and math.isfinite(float(value)):
             return float(value)
-    elif kind is str and text:
+    elif kind is str and text and "\0" not in value:
         return value
     raise ValueError
 
@@ -288,54 +290,89 @@ def save_figure(figure, path):
 
 class Log:
     """log.jsonl of a run: a JSON object a line, each with its step. Begun at `step`, it keeps the lines up to there
-    and drops later ones, so a resumed run leaves no gap and no double step. The first process writes it, and hands each
-    line to `also(line, step=its step)` if there is one."""
+    and drops later ones, so a resumed run leaves no gap and no double step. A new run's lines wait for `begin`, called
+    when its first checkpoint stands: till then the folder is as it was. The first process writes it, and hands each line
+    to `also(line, step=its step)` if there is one. UserError: it can't be written, or another process trains in the folder."""
     def __init__(self, path, step=0, also=None):
-        self.path = path = Path(path)
-        self.also, self.empty = also, False
+        self.path, self.also, self.empty, self._waiting = Path(path), also, False, None
         if RANK:
             return
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise UserError(f"{path.parent} can't be made ({e.strerror}); choose another --out_dir") from e
-        kept = []
-        if step and path.is_file():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-                except (ValueError, KeyError):
-                    pass  # a line cut short by a crash
-        self.empty = not kept
-        tmp = path.with_suffix(".tmp")
+            raise UserError(f"{self.path.parent} can't be made ({e.strerror}); choose another --out_dir") from e
+        lock = os.open(self.path.parent, os.O_RDONLY)
+        weakref.finalize(self, os.close, lock)  # the system, too, lets go of it, however the process ends
         try:
-            tmp.write_text("".join(kept))
-            os.replace(tmp, path)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(f"another process is training in {self.path.parent}: wait until it ends, or choose another --out_dir") from e
+        except OSError:
+            pass  # a file system without locks
+        kept = [line for line in read_log(self.path) if line.get("step", math.inf) <= step] if step and self.path.is_file() else []
+        self.empty = not kept
+        self._waiting = list(map(self._text, kept))
+        if step:
+            self.begin()
+
+    @staticmethod
+    def _text(values):
+        return json.dumps({k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in values.items()}) + "\n"
+
+    def begin(self):
+        """Replace the file, if there is one, by the lines that wait."""
+        if RANK:
+            return
+        tmp = self.path.with_suffix(".tmp")
+        try:
+            tmp.write_text("".join(self._waiting))
+            os.replace(tmp, self.path)
         except OSError as e:
-            raise UserError(f"{path} can't be written ({e.strerror}); free some space or choose another --out_dir") from e
+            raise self._failed(e) from e
+        self._waiting = None
 
     def write(self, values):
         if RANK:
             return
         if self.also:
             self.also(values, step=values["step"])
+        if self._waiting is not None:
+            return self._waiting.append(self._text(values))
         try:
             with open(self.path, "a") as file:
-                file.write(json.dumps({k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in values.items()}) + "\n")
+                file.write(self._text(values))
         except OSError as e:
-            raise UserError(f"{self.path} can't be written ({e.strerror}); free some space; --resume goes on from the last checkpoint") from e
+            raise self._failed(e) from e
+
+    def _failed(self, error):
+        return UserError(f"{self.path} can't be written ({error.strerror}); free some space; --resume goes on from the last checkpoint")
 
 
 def read_log(path):
-    """The lines of a log.jsonl as dicts; a last line that a crash cut short is left out."""
+    """The lines of a log.jsonl as dicts; what is none, such as a last line that a crash cut short, is left out."""
     lines = []
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_text(errors="replace").splitlines():
         try:
             lines.append(json.loads(line))
         except ValueError:
             pass
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
+
+
+class Spikes:
+    """Warns, in a line above the bar, of a loss far above what it was: by six standard deviations and a twentieth of its
+    running mean, both over about the last 50 values seen. The first 20 only teach it."""
+    def __init__(self):
+        self.seen, self.mean, self.variance = 0, 0.0, 0.0
+
+    def see(self, name, value, step, remedy):
+        over = value - self.mean
+        if not RANK and self.seen >= 20 and over > max(6 * self.variance ** 0.5, self.mean / 20):
+            tqdm.write(f"warning: the {name} {value:.3f} at step {step} is far above its running mean {self.mean:.3f}; {remedy}", file=sys.stderr)
+        self.seen += 1
+        share = max(0.02, 1 / self.seen)
+        self.mean += share * over
+        self.variance = (1 - share) * (self.variance + share * over ** 2)
 
 
 class Stop:

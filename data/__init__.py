@@ -235,12 +235,16 @@ def dataset_dir(dataset):
     return folder
 
 
+META = dict(tokenizer=str, tokenizer_hash=str, vocab_size=int, train_tokens=int, val_tokens=int)  # what meta.json holds at least
+
+
 def load_meta(dataset):
     """meta.json of a dataset, as a dict. UserError: not prepared, or not readable."""
     path = dataset_dir(dataset) / "meta.json"
     try:
         meta = json.loads(path.read_text())
-        meta["tokenizer"], meta["tokenizer_hash"], meta["vocab_size"], meta["train_tokens"], meta["val_tokens"]
+        if wrong := [name for name, kind in META.items() if type(meta[name]) is not kind]:
+            raise TypeError(f"{wrong[0]}={meta[wrong[0]]!r}")
         return meta
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} is damaged ({type(e).__name__}: {e}); prepare the dataset again") from e

@@ -25,6 +25,9 @@ import eval as evaluation
 from config import UserError, key
 
 
+EXPERIMENT = dict(out="", prepare=[], before={}, runs={}, every="", seeds=(1337,), at_once=1)  # what experiment.py may say
+
+
 @dataclass(frozen=True)
 class Config:
     draw: bool = key(False, "only write the table and the curves of what is there")
@@ -77,14 +80,19 @@ def main(argv):
     if not rest or not (Path(rest[0]) / "experiment.py").is_file():
         raise UserError(f"name the folder of an experiment, one with an experiment.py, such as results/stdlib-ablations{f', not {rest[0]}' if rest else ''}")
     folder = Path(rest[0]).resolve()
-    e = config.read_config_file(folder / "experiment.py")
-    seeds, at_once, out = e.get("seeds", (1337,)), e.get("at_once", 1), Path(e["out"])
+    e = EXPERIMENT | config.read_config_file(folder / "experiment.py")
+    for name, default in EXPERIMENT.items():
+        if not isinstance(e[name], type(default)) or name in ("runs", "out") and not e[name]:
+            raise UserError(f"{folder / 'experiment.py'}: {name}={e[name]!r}: expected a {type(default).__name__}; results/stdlib-ablations has an example")
+    if not any(row.startswith(cfg.only or "") for row in e["runs"]):
+        raise UserError(f"only={cfg.only!r}: no row begins with it; there are {', '.join(e['runs'])}")
+    seeds, at_once, out = e["seeds"], e["at_once"], Path(e["out"])
     jobs = [(row, seed, folder / f"{file_name(row)}-{seed}.jsonl") for seed in seeds for row in e["runs"] if row.startswith(cfg.only or "")]
     missing = [] if cfg.draw else [job for job in jobs if not finished(job[2])]
     if missing:
-        for command in e.get("prepare", ()):
+        for command in e["prepare"]:
             call(command, "prepare", ROOT / out / "prepare.txt", None)
-        for name, command in e.get("before", {}).items():
+        for name, command in e["before"].items():
             call(f"{command} --out_dir={out / name} --resume", name, ROOT / out / f"{name}.txt", None)
             shutil.copy(ROOT / out / name / "log.jsonl", folder / f"{name}.jsonl")
             if (ROOT / out / name / "sae.json").is_file():
@@ -94,7 +102,7 @@ def main(argv):
         def run(job):
             row, seed, log = job
             to = out / f"{file_name(row)}-{seed}"
-            call(f"{e['runs'][row]} {e.get('every', '')} --seed={seed} --out_dir={to} --resume", row, ROOT / f"{to}.txt", os.cpu_count() // at_once or 1)
+            call(f"{e['runs'][row]} {e['every']} --seed={seed} --out_dir={to} --resume", row, ROOT / f"{to}.txt", os.cpu_count() // at_once or 1)
             shutil.copy(ROOT / to / "log.jsonl", log)
             bar.update()
             bar.set_postfix_str(row)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import bench
 import concepts
 import eval as evaluation
 import sae
@@ -28,11 +29,15 @@ from sae import SAE
 ROOT = Path(train.__file__).resolve().parent
 
 
-def text_main(argv):
-    spec = importlib.util.spec_from_file_location("prepare_text", ROOT / "data/text/prepare.py")
+def main_of(path):
+    """The main of a script that lies in a folder of its own."""
+    spec = importlib.util.spec_from_file_location(path.replace("/", "_").removesuffix(".py"), ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main(argv)
+    return module.main
+
+
+text_main, stdlib_main, hub_main, results_main = map(main_of, ("data/text/prepare.py", "data/stdlib/prepare.py", "data/openwebtext/prepare.py", "results/run.py"))
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +82,40 @@ def bad(tmp_path_factory, chain, dataset):
     (f / "a.csv").write_text("a,b")
     (f / "raises.py").write_text("raise RuntimeError('no')")
     (f / "latin-prompt.txt").write_bytes(b"\xff\xfe\xfa")
+
+    for name, changes in (("list", None), ("words", dict(vocab_size="many")), ("nothing", dict(train_tokens=0))):
+        shutil.copytree(dataset, f / name)
+        (f / name / "meta.json").write_text(json.dumps(meta | changes if changes else [1]))
+    (f / "nothing/train.bin").write_bytes(b"")
+    shutil.copytree(dataset, f / "odd")
+    with open(f / "odd/val.bin", "ab") as file:
+        file.write(b"x")
+    published = torch.load(Path(chain["sae"]) / "sae.pt", weights_only=True)
+    torch.save(published | {"encoder.weight": published["encoder.weight"] * torch.nan}, f / "nan.pt")
+    torch.save(published | {"activation": "ReLU"}, f / "relu.pt")
+    torch.save(published | {"activation_state_dict": {"k": 0}}, f / "none.pt")
+    torch.save(torch.zeros(3), f / "tensor.pt")
+    torch.save({"wte.weight": torch.zeros(100, 64)}, f / "half.bin")
+    shutil.copytree(chain["sae"], f / "sae-list")
+    (f / "sae-list/sae.json").write_text("[]")
+    run_of = torch.load(Path(chain["cocomix"]) / "ckpt.pt", weights_only=True)
+    for name, changes in (("optimizer", dict(optimizer={}, step=4)), ("step", dict(step="four")), ("shape", dict(model_config=3)), ("heads", dict(model_config=run_of["model_config"] | dict(n_head=7))),
+                          ("tokenizer", dict(tokenizer="gone.tiktoken"))):
+        (f / name).mkdir()
+        torch.save(run_of | changes, f / name / "ckpt.pt")
+    (f / "byte").mkdir()
+    whole = bytearray((Path(chain["ntp"]) / "ckpt.pt").read_bytes())
+    whole[len(whole) // 2] ^= 4
+    (f / "byte/ckpt.pt").write_bytes(whole)
+    for name, text in (("value", "n_layer = [1, 2]"), ("key", "n_layers = 3"), ("syntax", "a = ("), ("zero", "n_layer = 10 ** 400"), ("nul", "out_dir = 'a\\0b'")):
+        (f / f"{name}.py").write_text(text)
+    (f / "deep.jsonl").write_text("[" * 100_000 + "\n")
+    (f / "wrong.txt.xz").write_text("hello")
+    (f / "hub").mkdir()
+    (f / "hub/train-0.parquet").write_text("x")
+    for name, text in (("no-runs", "out = 'x'"), ("odd-runs", "out, runs = 'x', 3"), ("fails", f"out, runs = {str(f / 'x')!r}, dict(a={str(f / 'raises.py')!r})")):
+        (f / name).mkdir()
+        (f / name / "experiment.py").write_text(text)
     return f
 
 
@@ -163,6 +202,76 @@ TABLE = {  # what is wrong: (command, arguments, what the line must say)
     "too short to hold out": (text_main, "--input={bad}/tiny.txt --tokenizer=stdlib --out={bad}/x", "too short", "--val"),
     "an unknown tokenizer": (text_main, "--input={bad}/tiny.txt --tokenizer=gpt5 --out={bad}/x", "no tokenizer 'gpt5'", "bpe:4096"),
     "a BPE of an impossible size": (text_main, "--input={bad}/tiny.txt --tokenizer=bpe:99 --out={bad}/x", "bpe:99", "257 to 65536"),
+    "white space too deep in JSON": (text_main, "--input={bad}/deep.jsonl --tokenizer=stdlib --out={bad}/x", "deep.jsonl, line 1", "RecursionError"),
+    "an .xz that is none": (text_main, "--input={bad}/wrong.txt.xz --tokenizer=stdlib --out={bad}/x", "wrong.txt.xz is damaged", ""),
+    "a file where a dataset goes": (text_main, "--input={bad}/latin.txt --tokenizer=stdlib --out={dataset}/train.bin/x", "Not a directory", "train.bin/x"),
+    "an argument to a prepare": (stdlib_main, "here", "unexpected argument 'here'", ""),
+    "a BPE too small": (stdlib_main, "--train_bpe=12", "train_bpe='12'", "300 to 4096"),
+    "too few documents": (hub_main, "--num_docs=3", "num_docs='3'", "at least 100"),
+    "no such source": (hub_main, "--source={bad}/nowhere --out={bad}/x --tokenizer=stdlib", "no train-*.parquet under", "nowhere"),
+    "a parquet file that is none": (hub_main, "--source={bad}/hub --out={bad}/x --tokenizer=stdlib", "can't be read", "--source=FOLDER"),
+    "an unknown tokenizer for the hub": (hub_main, "--source={bad}/hub --out={bad}/x --tokenizer=gpt5", "no tokenizer 'gpt5'", ""),
+    "meta.json that is a list": (train.main, "--dataset={bad}/list", "meta.json is damaged", "prepare the dataset again"),
+    "meta.json with words for numbers": (train.main, "--dataset={bad}/words", "vocab_size='many'", "prepare the dataset again"),
+    "an empty .bin": (train.main, "--dataset={bad}/nothing", "train.bin has 0 bytes", "prepare the dataset again"),
+    "a .bin of odd size": (train.main, "--dataset={bad}/odd", "val.bin has 8001 bytes", "8000"),
+    "a file as a dataset": (train.main, "--dataset={dataset}/train.bin", "no dataset", "--input FILES"),
+    "a folder where nothing can be written": (train.main, "--dataset={dataset} --out_dir=/proc/self", "can't be written", "another folder"),
+    "a file as out_dir": (train.main, "--dataset={dataset} --out_dir={dataset}/train.bin", "can't be made", "--out_dir"),
+    "more layers than any": (train.main, "--n_layer=1000000000", "n_layer='1000000000'", "from 1 to 1000"),
+    "a batch larger than any": (train.main, "--batch_size=1e12", "batch_size='1e12'", "1000000"),
+    "half a micro batch": (train.main, "--micro_batch_size=half", "micro_batch_size='half'", "auto"),
+    "a rate that is NaN": (train.main, "--learning_rate=nan", "learning_rate='nan'", "a number"),
+    "a fraction of a seed": (train.main, "--seed=1.5", "seed='1.5'", "an integer"),
+    "all dropped": (train.main, "--dropout=1", "dropout='1'", "0.99"),
+    "a key without value": (train.main, "--n_layer --n_head=2", "--n_layer needs", "an integer"),
+    "a config file with a list": (train.main, "{bad}/value.py", "n_layer=[1, 2]", "an integer"),
+    "a config file with an unknown key": (train.main, "{bad}/key.py", "unknown key 'n_layers'", "'n_layer'"),
+    "a config file that is no Python": (train.main, "{bad}/syntax.py", "does not run", "line 1"),
+    "a number beyond all": (train.main, "{bad}/zero.py", "n_layer=1000", "from 1 to 1000"),
+    "a path with a null byte": (train.main, "{bad}/nul.py", "out_dir='a", "text"),
+    "a config file of another script": (train.main, "config/stdlib_sae.py", "unknown key", ""),
+    "an SAE of weights that are NaN": (train.main, "{cocomix} --sae={bad}/nan.pt", "not finite", "train it again"),
+    "an SAE of another kind": (train.main, "{cocomix} --sae={bad}/relu.pt", "a ReLU autoencoder", "only TopK"),
+    "an SAE that keeps none": (train.main, "{cocomix} --sae={bad}/none.pt", "k=0 of 48", ""),
+    "a tensor as an SAE": (train.main, "{cocomix} --sae={bad}/tensor.pt", "not an SAE", "Tensor"),
+    "a checkpoint as an SAE": (train.main, "{cocomix} --sae={chain}/ntp/ckpt.pt", "not an SAE", ""),
+    "a damaged sae.json": (train.main, "{cocomix} --sae={bad}/sae-list", "sae.json is damaged", "train the SAE again"),
+    "the published SAE for another model": (train.main, "{cocomix} --sae=openai --concept_layer=12", "concept_layer=12", "3 blocks"),
+    "an SAE as concept model": (train.main, "{cocomix} --concept_model={chain}/sae", "is an SAE's folder", "name the run"),
+    "half of GPT-2": (train.main, "{cocomix} --concept_model={bad}/half.bin", "not GPT-2's weights", ""),
+    "labels that were not written": (train.main, "{cocomix} --labels=disk --shift_blocks=false", "no labels at", "--write_labels"),
+    "labels from disk for shifted blocks": (train.main, "{cocomix} --labels=disk", "--shift_blocks=false", ""),
+    "labels from disk without concepts": (train.main, "--dataset={dataset} --labels=disk --shift_blocks=false", "labels='disk'", "method='ntp'"),
+    "resuming a run of another shape": (train.main, "--dataset={dataset} --out_dir={chain}/ntp --seed=1 --resume --n_embd=32", "n_embd=16", "take it back"),
+    "resuming without optimizer": (train.main, "{cocomix} --seed=1 --out_dir={bad}/optimizer --resume", "the optimizer's state", "--overwrite"),
+    "resuming at a step that is text": (train.main, "{cocomix} --seed=1 --out_dir={bad}/step --resume", "not a checkpoint of this kind", "step"),
+    "a flipped bit among the weights": (sample.main, "{bad}/byte", "can't be read as a checkpoint", "damaged"),
+    "a model config that is none": (sample.main, "{bad}/shape", "not a checkpoint of this kind", "model_config"),
+    "heads that don't divide the width": (sample.main, "{bad}/heads", "n_embd=16", "n_head=7"),
+    "a tokenizer that is gone": (sample.main, "{bad}/tokenizer", "no tokenizer 'gone.tiktoken'", ""),
+    "a folder as a prompt": (sample.main, "{chain}/ntp --start=FILE:{bad}", "Is a directory", ""),
+    "no sample": (sample.main, "{chain}/ntp --num_samples=0", "num_samples='0'", "at least 1"),
+    "two runs to sample from": (sample.main, "{chain}/ntp {chain}/cocomix", "unexpected argument", "cocomix"),
+    "an SAE to evaluate": (evaluation.main, "{chain}/sae", "is an SAE's folder", ""),
+    "nothing to compare": (evaluation.main, "--compare {bad}", "no log at", ""),
+    "rows into a folder": (evaluation.main, "{chain}/ntp --write={bad} --device=cpu", "is a folder", "name a file"),
+    "labels of a run": (concepts.main, "{chain}/cocomix --write_labels", "takes a config file", ""),
+    "labels by an SAE that is not there": (concepts.main, "--write_labels --dataset={dataset} --concept_model={chain}/gpt --concept_layer=1 --block_size=32 --device=cpu --sae={bad}/nowhere", "no SAE at", ""),
+    "a report with other labels": (concepts.main, "{chain}/cocomix --attr_k=2", "--attr_k is for --write_labels", ""),
+    "fetching one's own SAE": (concepts.main, "--download --sae=mine", "sae='mine' is not fetched", "openai"),
+    "an SAE in no folder": (sae.main, "--concept_model={chain}/gpt --dataset={dataset} --concept_layer=1 --out_dir=", "out_dir is empty", "--out_dir=out/sae"),
+    "an SAE that overflows": (sae.main, "--concept_model={chain}/gpt --dataset={dataset} --concept_layer=1 --n_concepts=48 --k=6 --batch_size=256 --max_tokens=51200 --learning_rate=1e30 --device=cpu --out_dir={bad}/y", "at step 2: not finite", "below 1e+30"),
+    "an SAE of more memory than there is": (sae.main, "--concept_model={chain}/gpt --dataset={dataset} --concept_layer=1 --n_concepts=99999999999999 --device=cpu --out_dir={bad}/x", "out of memory", ""),
+    "nothing to measure": (bench.main, "", "name config files", "bench.py config/"),
+    "a config file that is not there to measure": (bench.main, "config/stdlib_npt.py", "no config file", "stdlib_ntp.py"),
+    "a row that is not there": (bench.main, "config/stdlib_ntp.py --only_memory=7 --device=cpu", "only_memory=7", "0 to 0"),
+    "a width to count that is not divisible": (bench.main, "config/stdlib_ntp.py --n_embd=17 --count", "n_embd=17", "n_head"),
+    "no experiment": (results_main, "{bad}", "name the folder of an experiment", "results/stdlib-ablations"),
+    "an experiment without runs": (results_main, "{bad}/no-runs", "runs={}", "a dict"),
+    "an experiment of 3": (results_main, "{bad}/odd-runs", "runs=3", "a dict"),
+    "rows that are not there": (results_main, "{bad}/fails --only=b", "only='b'", "there are a"),
+    "a command that fails": (results_main, "{bad}/fails", "ended with status 1", "RuntimeError: no"),
     "a dataset in the way": (text_main, "--input={bad}/tiny.txt --tokenizer=stdlib --out={dataset}", "holds a dataset", "--force"),
 }
 

@@ -1,5 +1,7 @@
 """GPT-2 and its published SAE: fetched once, checked, and what is said without a network. Files of the right shapes are made here."""
+import base64
 import errno
+import hashlib
 import http.server
 import json
 import socket
@@ -72,6 +74,12 @@ def server(tmp_path, monkeypatch):
         def log_message(self, *_):
             pass
 
+        def end_headers(self):
+            file = folder / self.path[1:].partition("?")[0]
+            if file.is_file():  # as its server does; of layer 8 another one's
+                self.send_header("Content-MD5", base64.b64encode(hashlib.md5(b"" if file.stem == "8" else file.read_bytes()).digest()).decode())
+            super().end_headers()
+
         def copyfile(self, source, outputfile):
             outputfile.write(source.read()[:-1 if self.path.startswith("/9") else None])  # it breaks off
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
@@ -124,6 +132,13 @@ def test_a_download_that_breaks_off_is_not_called_a_full_disk(cache, server):
     torch.save(published(), server / "9.pt")
     with pytest.raises(UserError, match="SAE can't be fetched .*"):
         fetch_sae("openai", 9)
+    assert not list((cache / "cache").iterdir())
+
+
+def test_a_download_with_another_md5_than_the_server_says_is_refused(cache, server):
+    torch.save(published(), server / "8.pt")
+    with pytest.raises(UserError, match="another MD5 than the server says"):
+        fetch_sae("openai", 8)
     assert not list((cache / "cache").iterdir())
 
 

@@ -67,7 +67,7 @@ def pieces(path):
             yield rest, True
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text: the byte {e.object[e.start]:#04x} can't be decoded ({e.reason})") from e
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
+    except (json.JSONDecodeError, KeyError, RecursionError, TypeError) as e:
         raise UserError(f"{path}, line {line}: expected a JSON object with a text field \"text\" ({type(e).__name__}: {e})") from e
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as e:
         raise UserError(f"{path} is damaged or cut short ({e})") from e

@@ -623,15 +623,17 @@ def plot_steering(path, summary):
         some = [row for row in summary if row["speaker"] == speaker]
         values = {name: [row[name] for row in some] for name in some[0]}
         plain = next(row["perplexity"] for row in some if row["factor"] == 1)
-        cost = [p / plain for p in values["perplexity"]]
+        cost = [p / plain - 1 for p in values["perplexity"]]
         axes[0].errorbar(values["factor"], values["gain"], values["gain_error"], marker="o", markersize=4, capsize=2, label=speaker)
-        axes[1].plot(values["factor"], cost, marker="o", markersize=4)
-        axes[2].errorbar(cost, values["gain"], values["gain_error"], marker="o", markersize=4, capsize=2, linestyle="none")
-        for factor, x, y in zip(values["factor"], cost, values["gain"]):
+        axes[1].plot(values["factor"], [100 * c for c in cost], marker="o", markersize=4)
+        dear = [(100 * c, *rest) for c, *rest in zip(cost, values["gain"], values["gain_error"], values["factor"]) if c > 0]  # the others have no place on a log scale
+        axes[2].errorbar([d[0] for d in dear], [d[1] for d in dear], [d[2] for d in dear], marker="o", markersize=4, capsize=2, linestyle="none")
+        for x, y, _, factor in dear:
             axes[2].annotate(f"{factor:g}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
-    for axis, x, y in zip(axes, ("factor", "factor", "val perplexity over plain"), ("rate of own tokens over plain", "val perplexity over plain", "rate of own tokens over plain")):
+    for axis, x, y in zip(axes, ("factor", "factor", "val perplexity, % over plain"), ("rate of own tokens over plain", "val perplexity, % over plain", "rate of own tokens over plain")):
         axis.set(xlabel=x, ylabel=y)
         axis.grid(alpha=0.3)
+    axes[2].set_xscale("log")
     axes[0].legend(frameon=False)
     config.save_figure(figure, path)
     plt.close(figure)

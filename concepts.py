@@ -633,6 +633,8 @@ def show_dictionary(path, content, cfg, device):
 def main(argv):
     cfg, rest = config.parse(Config, argv, __doc__, most=1, files="shared")
     config.picture_path(cfg.plot)
+    if cfg.plot and not cfg.weights:
+        raise UserError("--plot draws the lengths of --weights: give both")
     if cfg.download:
         if cfg.sae not in SIZES:
             raise UserError(f"sae={cfg.sae!r} is not fetched: expected {' or '.join(SIZES)}")

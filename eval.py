@@ -121,7 +121,10 @@ class Task(NamedTuple):
 
 
 def choice(context, endings, gold):
-    return Question([(context, " " + ending) for ending in endings], int(gold))
+    pairs, gold = [(context, " " + ending) for ending in endings], int(gold)
+    if not 0 <= gold < len(pairs):
+        raise ValueError(f"the right ending is said to be number {gold} of {len(pairs)}")
+    return Question(pairs, gold)
 
 
 def score_choice(doc, question, answers):
@@ -438,7 +441,7 @@ def curves(logs):
         groups.setdefault(name.removesuffix(f"-{seed}"), []).append(log)
     found = {}
     for name, group in groups.items():
-        points = [{line["tokens"]: line for line in log if "val_loss" in line and line["tokens"]} for log in group]
+        points = [{line["tokens"]: line for line in log if "val_loss" in line and line.get("tokens")} for log in group]
         shared = sorted(set.intersection(*map(set, points)))
         if not shared:
             raise UserError(f"{name}: no evaluation after the start is in its log" + ("s" if len(group) > 1 else "") + "; train on, or with a smaller --eval_interval")
@@ -745,6 +748,8 @@ def main(argv):
         config.picture_path(cfg.plot)
     if cfg.write and Path(cfg.write).is_dir():
         raise UserError(f"{cfg.write} is a folder; name a file in it")
+    if cfg.dataset is not None and cfg.model is None:
+        raise UserError("--dataset is for --model; a run is evaluated on its own")
     device = pick_device(cfg.device)
     if cfg.steering:
         return main_steering(cfg, runs, device)

@@ -56,9 +56,12 @@ def parse_steer(text, n_concepts, sweep=False):
             raise UserError(f"steer={part!r}: " + ("--steer_sweep sets the factors; name concepts alone, such as --steer=17" if sweep else "expected CONCEPT:FACTOR, such as 17:6 or error:-8"))
         if value is not None and not abs(value) <= 1000:  # NaN too
             raise UserError(f"steer={part!r}: the factor must be a number from -1000 to 1000; the paper's are -10 to 10")
-        if name.lstrip("-").isdigit() and not 0 <= int(name) < n_concepts:
+        if name.lstrip("-").isdecimal() and not 0 <= int(name) < n_concepts:
             raise UserError(f"steer={part!r}: the model has concepts 0 to {n_concepts - 1}")
-        factors[int(name) if name.isdigit() else name] = value
+        name = int(name) if name.isdecimal() else name
+        if name in factors:
+            raise UserError(f"steer={part!r}: concept {name} has a factor already")
+        factors[name] = value
     return factors
 
 

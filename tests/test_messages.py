@@ -109,6 +109,8 @@ def bad(tmp_path_factory, chain, dataset):
     (f / "byte/ckpt.pt").write_bytes(whole)
     for name, text in (("value", "n_layer = [1, 2]"), ("key", "n_layers = 3"), ("syntax", "a = ("), ("zero", "n_layer = 10 ** 400"), ("nul", "out_dir = 'a\\0b'")):
         (f / f"{name}.py").write_text(text)
+    (f / "tasks").mkdir()
+    (f / "tasks/piqa.jsonl").write_text(json.dumps(dict(goal="a", sol1="b", sol2="c", label=7)) + "\n")
     (f / "deep.jsonl").write_text("[" * 100_000 + "\n")
     (f / "wrong.txt.xz").write_text("hello")
     (f / "hub").mkdir()
@@ -260,6 +262,19 @@ TABLE = {  # what is wrong: (command, arguments, what the line must say)
     "labels by an SAE that is not there": (concepts.main, "--write_labels --dataset={dataset} --concept_model={chain}/gpt --concept_layer=1 --block_size=32 --device=cpu --sae={bad}/nowhere", "no SAE at", ""),
     "a report with other labels": (concepts.main, "{chain}/cocomix --attr_k=2", "--attr_k is for --write_labels", ""),
     "fetching one's own SAE": (concepts.main, "--download --sae=mine", "sae='mine' is not fetched", "openai"),
+    "words that no concept goes with": (sample.main, "{chain}/cocomix --steer=qqqzzz:3 --device=cpu", "steer='qqqzzz'", "--find"),
+    "words without a factor": (sample.main, "{chain}/cocomix --steer=kitchen --device=cpu", "steer='kitchen'", "CONCEPT:FACTOR"),
+    "a superscript as a concept": (sample.main, "{chain}/cocomix --steer=²:3 --device=cpu", "steer='²'", "no concept goes with it"),
+    "a concept steered twice": (sample.main, "{chain}/cocomix --steer=3:1,3:2", "steer='3:2'", "already"),
+    "a sweep with factors": (sample.main, "{chain}/cocomix --steer=3:1 --steer_sweep", "--steer_sweep sets the factors", "--steer=17"),
+    "the concept model of a run without": (sample.main, "{chain}/ntp --model=concept --device=cpu", "concept", ""),
+    "a picture of what is not asked for": (concepts.main, "{chain}/cocomix --plot={bad}/x.png", "--weights", "both"),
+    "finding in a run without concepts": (concepts.main, "{chain}/ntp --find=a", "has no concepts", "cocomix"),
+    "an unknown task": (evaluation.main, "{chain}/ntp --tasks=foo --device=cpu", "foo", "piqa"),
+    "a task's answer that is none of its endings": (evaluation.main, "{chain}/ntp --tasks=piqa --eval_data={bad}/tasks --tokens=100 --device=cpu", "number 7 of 2", "piqa"),
+    "a task that is not there": (evaluation.main, "{chain}/ntp --tasks=arc_easy --eval_data={bad}/tasks --tokens=100 --device=cpu", "arc_easy", ""),
+    "a dataset for a run": (evaluation.main, "{chain}/ntp --dataset={dataset}", "--dataset is for --model", "its own"),
+    "the course of an SAE": (evaluation.main, "--compare {chain}/sae", "no evaluation after the start", "--eval_interval"),
     "an SAE in no folder": (sae.main, "--concept_model={chain}/gpt --dataset={dataset} --concept_layer=1 --out_dir=", "out_dir is empty", "--out_dir=out/sae"),
     "an SAE that overflows": (sae.main, "--concept_model={chain}/gpt --dataset={dataset} --concept_layer=1 --n_concepts=48 --k=6 --batch_size=256 --max_tokens=51200 --learning_rate=1e30 --device=cpu --out_dir={bad}/y", "at step 2: not finite", "below 1e+30"),
     "an SAE of more memory than there is": (sae.main, "--concept_model={chain}/gpt --dataset={dataset} --concept_layer=1 --n_concepts=99999999999999 --device=cpu --out_dir={bad}/x", "out of memory", ""),

@@ -384,7 +384,7 @@ def main(argv):
     with config.Stop() as stop, config.progress(cfg.max_iters * tokens_a_step, cfg.method, "tok", initial=step * tokens_a_step, unit_scale=True) as bar:
         model.train()
         if step == 0:
-            for stale in (*out.glob("step_*.pt"), *out.glob("eval.jsonl")):  # of a run that this one overwrites
+            for stale in (*out.glob("step_*.pt"), *out.glob("eval.jsonl")) if ranks.first else ():  # of a run that this one overwrites
                 stale.unlink()
             evaluation()
             save()

@@ -262,10 +262,14 @@ COUNT = "import atexit; atexit.register(lambda: open(f'{os.environ[\"COUNT\"]}.{
 def test_two_processes_equal_one_and_their_gradients_meet_once_a_step(chain, dataset, tmp_path, monkeypatch):
     argv = [*FIVE, f"--dataset={dataset}", *guided(chain, "cocomix")]
     alone([*argv, f"--out_dir={tmp_path / 'one'}", "--micro_batch_size=8"])
+    for name in ("ckpt.pt", "step_1.pt", "eval.jsonl"):  # of a run that is written over
+        (tmp_path / "two").mkdir(exist_ok=True)
+        (tmp_path / "two" / name).touch()
     monkeypatch.setenv("COUNT", str(tmp_path / "count"))
-    status, err = spread(tmp_path, 2, [*argv, f"--out_dir={tmp_path / 'two'}", "--micro_batch_size=1"], COUNT)
+    status, err = spread(tmp_path, 2, [*argv, f"--out_dir={tmp_path / 'two'}", "--micro_batch_size=1", "--overwrite"], COUNT)
     assert status == 0, err
     check_same_run(tmp_path / "one", tmp_path / "two")
+    assert not (tmp_path / "two" / "step_1.pt").exists() and not (tmp_path / "two" / "eval.jsonl").exists()
     assert [(tmp_path / f"count.{rank}").read_text() for rank in (0, 1)] == ["5", "5"]  # 4 micro batches a step
     assert err.count("cocomix: 100%") <= 2 and read_log(tmp_path / "two" / "log.jsonl")[0]["processes"] == 2
 

@@ -276,10 +276,9 @@ def next_token(model, h, at, token):
         z = model.head(h[places[i:i + rows]])
         here = (which >= i) & (which < i + rows)
         row = which[here] - i
-        largest, argmax = z.max(-1, keepdim=True)
+        largest = z.amax(-1, keepdim=True)
         above = z[row, token[here]] - largest[row, 0]  # before z is overwritten
-        logp[here] = above - z.sub_(largest).exp_().sum(-1).log()[row]
-        best[here] = argmax[row, 0] == token[here]
+        logp[here], best[here] = above - z.sub_(largest).exp_().sum(-1).log()[row], above == 0
     return logp, best
 
 
@@ -766,9 +765,10 @@ def main(argv):
             print(f"tasks: {panels(picture, evaluations)}")
         return
     rows, logs = evaluate_all(cfg, runs, device)
-    print(table(rows))
+    if any("loss" in row for row in rows):
+        print(table(rows))
     if any("/" in key for row in rows for key in row):
-        print("\n" + table(rows, TABLE_1))
+        print(f"\n{table(rows, TABLE_1)}")
     for row in rows if cfg.write else ():
         append(cfg.write, row)
     if cfg.plot:

@@ -31,6 +31,25 @@ def random_model(vocab_size, seed=0, std=0.3, **settings):
     return model.eval()
 
 
+def load_tasks(documents):
+    """The harness's own tasks for {task: documents}, over these documents, whichever split a task takes."""
+    import datasets
+    import lm_eval
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager
+
+    def download(self, dataset_kwargs=None, **kwargs):
+        docs = datasets.Dataset.from_list(documents[self.config.task])
+        self.dataset = dict(train=docs, validation=docs, test=docs)
+
+    folder, kept = Path(lm_eval.__file__).parent / "tasks", ConfigurableTask.download
+    ConfigurableTask.download = download
+    try:
+        return TaskManager(include_path=[str(folder / FOLDERS[name]) for name in documents], include_defaults=False).load(list(documents))
+    finally:
+        ConfigurableTask.download = kept
+
+
 def harness(model, tokenizer, documents):
     """{task: documents} → {task: (metrics by the harness's names, the log-likelihoods and likeliest flags of each document)}. Our model is wrapped
     as a user of the harness would, a forward pass over each whole text."""
@@ -41,12 +60,9 @@ def harness(model, tokenizer, documents):
 
 def _harness(model, tokenizer, documents):
     os.environ["DISABLE_MULTIPROC"] = "1"  # no processes for its resampling
-    import datasets
     import lm_eval
     from lm_eval import utils
     from lm_eval.api.model import TemplateLM
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks import TaskManager
 
     class Wrapped(TemplateLM):
         eot_token_id = tokenizer.eot_token
@@ -74,17 +90,8 @@ def _harness(model, tokenizer, documents):
         def generate_until(self, requests, disable_tqdm=True):
             raise NotImplementedError
 
-    def download(self, dataset_kwargs=None, **kwargs):  # the documents at hand, whichever split the task takes
-        docs = datasets.Dataset.from_list(documents[self.config.task])
-        self.dataset = dict(train=docs, validation=docs, test=docs)
+    results = lm_eval.evaluate(Wrapped(), load_tasks(documents), bootstrap_iters=2)  # some, for accuracies' errors, too, though those are formulas
 
-    folder, kept = Path(lm_eval.__file__).parent / "tasks", ConfigurableTask.download
-    ConfigurableTask.download = download
-    try:
-        manager = TaskManager(include_path=[str(folder / FOLDERS[name]) for name in documents], include_defaults=False)
-        results = lm_eval.simple_evaluate(Wrapped(), tasks=list(documents), task_manager=manager, log_samples=True, bootstrap_iters=2)  # for accuracies' errors, too, though those are formulas
-    finally:
-        ConfigurableTask.download = kept
     def answers(sample):  # a number for a whole text, else (log-likelihood, likeliest) pairs
         return [response[0] if isinstance(response[0], (tuple, list)) else (response[0], None) for response in sample["resps"]]
     return {name: ({key.removesuffix(",none"): value for key, value in results["results"][name].items()},

@@ -60,6 +60,17 @@ def test_a_picture_without_a_suffix_is_drawn_as_png_and_svg(tmp_path):
     assert (tmp_path / "again.svg").read_bytes() == svg  # the same figure, the same bytes
 
 
+def test_an_experiment_draws_the_finished_runs_that_are_there(tmp_path):
+    (tmp_path / "experiment.py").write_text('out = "out"\nruns = {"NTP": "train.py", "Pause + KD": "train.py --method=pause"}\nseeds = (1, 2)\n')
+    lines = log([5.0, 4.0], seed=2)
+    (tmp_path / "pause_kd-2.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "ntp-1.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
+    assert experiment.finished(tmp_path / "pause_kd-2.jsonl") and not experiment.finished(tmp_path / "ntp-1.jsonl")
+    status, out, err = run(experiment.main, tmp_path, "--draw")
+    assert status == 0 and "| Pause + KD | 1 |" in out and "NTP" not in (tmp_path / "table.md").read_text() and (tmp_path / "curves.svg").is_file(), err
+
+
+@pytest.mark.slow
 def test_an_experiment_runs_what_is_missing_and_keeps_logs_table_and_curves(dataset, tmp_path, monkeypatch):
     folder, out = tmp_path / "results", tmp_path / "out"
     folder.mkdir()

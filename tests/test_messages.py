@@ -267,7 +267,6 @@ TABLE = {  # what is wrong: (command, arguments, what the line must say)
     "a superscript as a concept": (sample.main, "{chain}/cocomix --steer=²:3 --device=cpu", "steer='²'", "no concept goes with it"),
     "a concept steered twice": (sample.main, "{chain}/cocomix --steer=3:1,3:2", "steer='3:2'", "already"),
     "a sweep with factors": (sample.main, "{chain}/cocomix --steer=3:1 --steer_sweep", "--steer_sweep sets the factors", "--steer=17"),
-    "the concept model of a run without": (sample.main, "{chain}/ntp --model=concept --device=cpu", "concept", ""),
     "a picture of what is not asked for": (concepts.main, "{chain}/cocomix --plot={bad}/x.png", "--weights", "both"),
     "finding in a run without concepts": (concepts.main, "{chain}/ntp --find=a", "has no concepts", "cocomix"),
     "an unknown task": (evaluation.main, "{chain}/ntp --tasks=foo --device=cpu", "foo", "piqa"),

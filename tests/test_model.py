@@ -115,15 +115,15 @@ def test_a_later_token_never_changes_an_earlier_logit(insert, mix):
 @pytest.mark.parametrize("temperature", [0, 0.9])
 def test_generation_with_the_cache_equals_generation_without(insert, mix, temperature):
     model = tiny_gpt(insert=insert, mix=mix)
-    sweep = torch.ones(3, 1, 40, dtype=torch.float64)
-    sweep[:, 0, 7] = torch.tensor([-8.0, 1.0, 8.0])
+    sweep = torch.ones(2, 1, 40, dtype=torch.float64)
+    sweep[:, 0, 7] = torch.tensor([-8.0, 8.0])
     for scale in (None, sweep) if insert == "concept" else (None,):
-        for length in (1, 5, 16, 25):  # within block_size, up to it, and from a prompt beyond it
+        for length in (1, 5, 16, 25) if scale is None else (5, 25):  # within block_size, up to it, and from a prompt beyond it
             idx = torch.randint(61, (2, length))
-            with_cache, without = (model.generate(idx, 30, temperature, 20, scale, torch.Generator().manual_seed(1), cache) for cache in (True, False))
+            with_cache, without = (model.generate(idx, 20, temperature, 20, scale, torch.Generator().manual_seed(1), cache) for cache in (True, False))
             assert torch.equal(with_cache, without)
-            rows = 2 if scale is None else 6
-            assert with_cache.shape == (rows, length + 30) and torch.equal(with_cache[:, :length], idx.repeat(rows // 2, 1))
+            rows = 2 if scale is None else 4
+            assert with_cache.shape == (rows, length + 20) and torch.equal(with_cache[:, :length], idx.repeat(rows // 2, 1))
 
 
 @pytest.mark.parametrize("mix", ["interleave", "interleave_residual", "add"])

@@ -168,13 +168,13 @@ def test_columns_and_glosses_fit_the_screen():
 
 def test_steering_is_measured_as_it_is_defined(cocomix, tmp_path, monkeypatch):
     folder, content, model, d = cocomix
-    for name, value in dict(FACTORS=(-10.0, 1.0, 4.0), PROMPTS=3, PROMPT=6, NEW=40, COST=90).items():
+    for name, value in dict(FACTORS=(-10.0, 1.0, 4.0), PROMPTS=3, PROMPT=6, NEW=30, COST=90).items():
         monkeypatch.setattr(evaluation, name, value)
-    status, out, err = run(evaluation.main, folder, "--device=cpu", "--steering", "--steered=4", f"--write={tmp_path / 'rows.jsonl'}", f"--plot={tmp_path / 'c.png'}")
+    status, out, err = run(evaluation.main, folder, "--device=cpu", "--steering", "--steered=2", f"--write={tmp_path / 'rows.jsonl'}", f"--plot={tmp_path / 'c.png'}")
     assert status == 0 and (tmp_path / "c.png").stat().st_size > 5000, err
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 * 4 * 3
-    most = sorted((c for c in range(48) if d.labelled[c]), key=lambda c: -d.predicted[c])[:4]
+    assert len(rows) == 2 * 2 * 3
+    most = sorted((c for c in range(48) if d.labelled[c]), key=lambda c: -d.predicted[c])[:2]
     assert {row["concept"] for row in rows} == set(most)
     val = torch.tensor(data.tokens_of_run(content, "val").astype(int))
     x, y = torch.stack([val[i * 32:i * 32 + 33] for i in data.Batches(val, 32, 3, 257, shift=False).starts(0) // 32]).split([32, 1], 1)
@@ -183,10 +183,10 @@ def test_steering_is_measured_as_it_is_defined(cocomix, tmp_path, monkeypatch):
     for row in rows:
         speaker, scale = speakers[row["speaker"]], sample.scale_of({row["concept"]: row["factor"]}, 48, CPU)
         with torch.no_grad():
-            text = speaker.generate(x[:, :6], 40, scale=scale, generator=torch.Generator().manual_seed(row["concept"]))[:, 6:]
+            text = speaker.generate(x[:, :6], 30, scale=scale, generator=torch.Generator().manual_seed(row["concept"]))[:, 6:]
             logits = speaker(x, scale=scale).logits
         own = d.own[row["concept"], :concepts.NAME]
-        assert row["own"] == sum(t in own.tolist() for t in text.flatten().tolist()) and row["tokens"] == 120
+        assert row["own"] == sum(t in own.tolist() for t in text.flatten().tolist()) and row["tokens"] == 90
         assert row["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).item(), abs=1e-4)
     plain = [row for row in rows if row["factor"] == 1 and row["speaker"] == "CoCoMix"]
     with torch.no_grad():

@@ -221,6 +221,17 @@ def test_every_checkpoint_is_evaluated_and_the_figures_drawn(kept, folder, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x-averages.svg", "x-tasks.svg", "x.svg"] and "x-tasks.svg" in out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method, more", [(method, []) for method in train.METHODS] + [("cocomix", [f"--mix={mix}"]) for mix in ("interleave_residual", "add", "none")] + [("cocomix", ["--target=l2"])])
+def test_runs_of_every_method_are_evaluated(method, more, chain, dataset, folder, tmp_path):
+    teacher = [] if method in ("ntp", "pause") else [f"--concept_model={chain['gpt']}", f"--sae={chain['sae']}"]
+    assert run(train.main, *TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", f"--method={method}", "--max_iters=2", *teacher, *more)[0] == 0
+    status, out, err = run(evaluation.main, tmp_path, f"--eval_data={folder}", "--device=cpu", "--tokens=500")
+    assert status == 0, err
+    line, = read_log(tmp_path / "eval.jsonl")
+    assert line["method"] == method and all(math.isfinite(line[measure]) for measure in evaluation.MEASURES)
+
+
 def test_tasks_run_by_themselves_for_gpt2s_tokens_alone(chain, folder, monkeypatch):
     asked = []
     monkeypatch.setattr(evaluation, "documents", lambda name, *_: asked.append(name) or harness.DOCUMENTS[name])

@@ -669,7 +669,7 @@ def evaluate_run(name, content, model, log, tasks, device, cfg):
     row = dict(run=name, method=trained["method"])
     if model.config.insert != "none":
         row["mix"] = trained["mix"]
-    if trained["method"] == "cocomix":
+    if model.config.insert == "concept":
         row["select"] = trained["select"]
     if log:
         row |= training(log)

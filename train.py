@@ -264,7 +264,10 @@ def wandb_log(cfg):
 def read_config(argv):
     """The Config of a command line. UserError: keys that don't go together."""
     cfg, _ = config.parse(Config, argv, __doc__, most=0)
-    if cfg.max_tokens is not None:
+    given = {arg.lstrip("-").partition("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")}
+    if {"max_iters", "max_tokens"} <= given:
+        raise UserError("--max_iters and --max_tokens exclude each other: one sets the other")
+    if cfg.max_tokens is not None and "max_iters" not in given:  # the command line goes over a config file's max_tokens
         cfg = config.replace(cfg, max_iters=-(-cfg.max_tokens // (cfg.batch_size * cfg.block_size)))
     if not cfg.out_dir.strip():
         raise UserError("out_dir is empty: name a folder, such as --out_dir=out/run")
@@ -379,15 +382,16 @@ def main(argv):
 
     def finite(name, value, at=None):
         if not math.isfinite(value):
-            raise UserError(f"{name} is {value} at step {step if at is None else at}: not finite; the last good checkpoint is {checkpoint}; a learning_rate below {cfg.learning_rate} may help")
+            raise UserError(f"{name} is {value} at step {step if at is None else at}: not finite; "
+                            + (f"the last good checkpoint is {checkpoint}; a learning_rate below {cfg.learning_rate} may help" if step else "nothing is written; look at the data and at embedding_std"))
 
     with config.Stop() as stop, config.progress(cfg.max_iters * tokens_a_step, cfg.method, "tok", initial=step * tokens_a_step, unit_scale=True) as bar:
         model.train()
         if step == 0:
-            for stale in (*out.glob("step_*.pt"), *out.glob("eval.jsonl")) if ranks.first else ():  # of a run that this one overwrites
-                stale.unlink()
             evaluation()
             save()
+            for stale in (*out.glob("step_*.pt"), *out.glob("eval.jsonl")) if ranks.first else ():  # of a run that this one overwrites
+                stale.unlink()
             log.begin()
         since, clock, norms, spikes = step, time.perf_counter(), [], config.Spikes()
         for x, y, labels in batches.prefetch(step, cfg.max_iters, device, disk):

@@ -33,7 +33,10 @@ from tqdm import tqdm
 replace = dataclasses.replace  # a copy of a config with other values
 
 # Which of torchrun's processes this is, of all and on this machine. The first one writes and speaks.
-RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+try:
+    RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+except ValueError as e:
+    sys.exit(f"error: RANK, LOCAL_RANK and WORLD_SIZE are torchrun's, and whole numbers ({e}); unset them")
 
 
 def _leave(number, _):

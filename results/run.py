@@ -5,7 +5,8 @@
 
 An experiment is a file experiment.py of plain assignments: `prepare` (commands), `before` {name: command} (models made
 once), `runs` {row: command}, `every` (keys of all runs), `seeds`, `out`, `at_once`. A row's logs are copied into the
-experiment's folder as they are done; a later call, in another clone too, goes on with what is missing there.
+experiment's folder as they are done; a later call goes on with what is missing there. In another clone `before` is made
+anew: its models are those of the first only where the machine and the data give the same bits.
 """
 import os
 import platform
@@ -56,7 +57,7 @@ def finished(path):
     if not path.is_file():
         return False
     log = config.read_log(path)
-    return bool(log) and log[0].get("max_iters") == log[-1]["step"] and "val_loss" in log[-1]
+    return bool(log) and log[0].get("max_iters") == log[-1].get("step") and "val_loss" in log[-1]
 
 
 def draw(folder, rows, seeds):
@@ -68,7 +69,7 @@ def draw(folder, rows, seeds):
             if finished(path):
                 logs[f"{row}-{seed}"] = config.read_log(path)
     if not logs:
-        return
+        raise UserError(f"{folder}: no run of it is finished yet")
     curves = evaluation.curves(logs)
     (folder / "table.md").write_text(evaluation.course(curves) + "\n")
     print(evaluation.course(curves))
@@ -85,7 +86,9 @@ def main(argv):
         if not isinstance(e[name], type(default)) or name in ("runs", "out") and not e[name]:
             raise UserError(f"{folder / 'experiment.py'}: {name}={e[name]!r}: expected a {type(default).__name__}; results/stdlib-ablations has an example")
     if not any(row.startswith(cfg.only or "") for row in e["runs"]):
-        raise UserError(f"only={cfg.only!r}: no row begins with it; there are {', '.join(e['runs'])}")
+        raise UserError(f"only={cfg.only!r}: no row begins with it; there are {' | '.join(e['runs'])}")
+    if e["at_once"] < 1 or len({file_name(row) for row in e["runs"]}) < len(e["runs"]):
+        raise UserError(f"{folder / 'experiment.py'}: at_once={e['at_once']} must be at least 1, and rows must differ in more than case and punctuation")
     seeds, at_once, out = e["seeds"], e["at_once"], Path(e["out"])
     jobs = [(row, seed, folder / f"{file_name(row)}-{seed}.jsonl") for seed in seeds for row in e["runs"] if row.startswith(cfg.only or "")]
     missing = [] if cfg.draw else [job for job in jobs if not finished(job[2])]

@@ -283,7 +283,7 @@ def test_files_named_twice_add_up_and_odd_text_passes(tmp_path):
     assert decoded(tmp_path / "d", "train") == "half \ufffd a pair<|endoftext|>" + "ACGT" * 20_000 + " " * 100_000 + "end<|endoftext|>"
 
 
-@pytest.mark.parametrize("damage", [lambda f: (f / "train.bin").write_bytes(b"12"), lambda f: (f / "meta.json").write_text("{")])
+@pytest.mark.parametrize("damage", [lambda f: (f / "train.bin").write_bytes(b"12"), pytest.param(lambda f: (f / "meta.json").write_text("{"), marks=pytest.mark.slow)])
 def test_a_damaged_stdlib_dataset_is_prepared_again(tmp_path, damage):
     prepare = script("stdlib")
     assert run(prepare.main, f"--out={tmp_path}")[0] == 0

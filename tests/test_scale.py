@@ -61,7 +61,7 @@ def check_that_all_is_compiled_once(seen):
     assert counts[first] >= 2 and set(counts[first:]) == {counts[first]}, counts
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "cocomix")) for name in METHODS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in METHODS])
 def test_no_graph_break_and_nothing_is_compiled_after_the_first_evaluation_and_step(name, chain, dataset, tmp_path, monkeypatch):
     argv = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--eval_interval=2", "--micro_batch_size=2", "--dtype=bfloat16", *guided(chain, name.split(",")[0], *METHODS[name])]
     check_that_all_is_compiled_once(graphs_at_each_line(monkeypatch, argv, backend="eager"))

@@ -14,7 +14,7 @@ import concepts
 import data
 import eval as evaluation
 import train
-from config import read_log
+from config import UserError, read_log
 from conftest import TINY, make_dataset, run
 from model import load_checkpoint, load_model
 
@@ -200,7 +200,7 @@ def test_only_matrices_and_embeddings_decay(chain):
     assert [g["weight_decay"] for g in train.make_optimizer(model, train.Config(decay_all=True), torch.device("cpu")).param_groups] == [0.1, 0.1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
 def test_a_signal_saves_and_resume_goes_on(dataset, tmp_path, number):
     """A real process, as a person would stop it."""
     command = [sys.executable, str(ROOT / "train.py"), *argv(dataset, tmp_path, "--max_iters=100000", "--eval_interval=100000", "--log_interval=1")]
@@ -241,6 +241,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(dataset, tmp_p
     assert status == 1 and "not finite" in err and "ckpt.pt" in err
     content = load_checkpoint(tmp_path)
     assert all(t.isfinite().all() for t in content["model"].values())
+
+
+def test_max_iters_on_the_command_line_goes_over_a_configs_max_tokens():
+    paper = str(ROOT / "config" / "cocomix_69m.py")
+    assert train.read_config([paper]).max_iters == 38147 and train.read_config([paper, "--max_iters=100"]).max_iters == 100
+    with pytest.raises(UserError, match="exclude each other"):
+        train.read_config([paper, "--max_iters=100", "--max_tokens=1e6"])
 
 
 # -- the commands after training --------------------------------------------------------------------

@@ -306,6 +306,30 @@ def project_gradient_(sae):
     g.sub_((g * w).sum(1, keepdim=True) * w)
 
 
+def train_step(sae, optimizer, x, cfg, dead_tokens, step):
+    """Step `step` (from 0) on normalised hidden states x (N, d) → what `losses` gives. Directions stay at unit norm; the
+    latents' statistics are kept."""
+    fvu, aux, top = losses(sae, x, sae.since_active >= dead_tokens, cfg.k_aux)
+    optimizer.zero_grad(set_to_none=True)
+    (fvu + cfg.aux_weight * aux).backward()
+    project_gradient_(sae)
+    optimizer.step()
+    with torch.no_grad():
+        sae.decoder.div_(sae.decoder.norm(dim=1, keepdim=True))
+        value, index = top.values.flatten(), top.indices.flatten()
+        fired = torch.zeros_like(sae.frequency).index_add_(0, index, (value > 1e-3).float())
+        sae.since_active.add_(len(x)).masked_fill_(fired > 0, 0)
+        rate = max(0.01, 1 / (step + 1))  # running means over about the last hundred steps
+        sae.frequency.lerp_(fired / len(x), rate)
+        sae.mean_square.lerp_(torch.zeros_like(fired).index_add_(0, index, value ** 2) / len(x), rate)
+    return fvu.detach(), aux.detach(), top
+
+
+def make_optimizer(sae, learning_rate):
+    """Adam with eps and betas as published; its fused kernel where there is one."""
+    return torch.optim.Adam(sae.parameters(), lr=learning_rate, eps=6.25e-10, fused=sae.encoder.device.type in ("cpu", "cuda"))
+
+
 @torch.no_grad()
 def report(sae, gpt, layer, tokens, block_size, device, dead_tokens):
     """How well the SAE does on held-out tokens: FVU and L0 (active concepts a token), the share of dead latents, and
@@ -353,8 +377,7 @@ def main(argv):
 
     d = gpt.config.n_embd
     sae, step, seconds = SAE(d, cfg.n_concepts, cfg.k).to(device), 0, 0.0
-    # its own kernel where there is one; eps and betas as published
-    optimizer = torch.optim.Adam(sae.parameters(), lr=cfg.learning_rate, eps=6.25e-10, fused=device.type in ("cpu", "cuda"))
+    optimizer = make_optimizer(sae, cfg.learning_rate)
     checkpoint, log_path = out / "sae_ckpt.pt", out / "log.jsonl"
     if checkpoint.is_file() and not cfg.resume:
         raise UserError(f"{out} holds an SAE run already; --resume goes on with it, --out_dir=… starts another")
@@ -381,20 +404,8 @@ def main(argv):
         started, unseen, spikes = time.perf_counter() - seconds, [], config.Spikes()
         while step < steps:
             x = states[step]
-            fvu, aux, top = losses(sae, x, sae.since_active >= dead_tokens, cfg.k_aux)
-            optimizer.zero_grad(set_to_none=True)
-            (fvu + cfg.aux_weight * aux).backward()
-            project_gradient_(sae)
-            optimizer.step()
-            with torch.no_grad():
-                sae.decoder.div_(sae.decoder.norm(dim=1, keepdim=True))
-                value, index = top.values.flatten(), top.indices.flatten()
-                fired = torch.zeros_like(sae.frequency).index_add_(0, index, (value > 1e-3).float())
-                sae.since_active.add_(len(x)).masked_fill_(fired > 0, 0)
-                rate = max(0.01, 1 / (step + 1))  # running means over about the last hundred steps
-                sae.frequency.lerp_(fired / len(x), rate)
-                sae.mean_square.lerp_(torch.zeros_like(fired).index_add_(0, index, value ** 2) / len(x), rate)
-            unseen.append((fvu + aux).detach())
+            fvu, aux, top = train_step(sae, optimizer, x, cfg, dead_tokens, step)
+            unseen.append(fvu + aux)
             step += 1
             bar.update(len(x))
             stopping = stop.signal  # read once: a signal in what follows belongs to the next step

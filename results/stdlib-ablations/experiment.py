@@ -15,6 +15,7 @@ runs = {
     "Pause": f"{ntp} --method=pause",
     "Pause, residual": f"{ntp} --method=pause --mix=interleave_residual",
     "Pause + KD": f"{ntp} --method=pause_kd",
+    "Pause + KD, residual": f"{ntp} --method=pause_kd --mix=interleave_residual",
     "CoCoMix": cocomix,
     "CoCoMix, residual": f"{cocomix} --mix=interleave_residual",
     "adding": f"{cocomix} --mix=add",

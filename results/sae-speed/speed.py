@@ -1,0 +1,123 @@
+"""sae.py beside EleutherAI's eai-sparsify: the same hidden states in the same order, the same width, no GPU.
+
+    SPARSIFY_DISABLE_TRITON=1 python results/sae-speed/speed.py out/stdlib/gpt      # writes table.md; needs eai-sparsify
+
+Three trainers take turns at each batch, in one process: ours (as sae.py runs it, AuxK included), theirs as it comes (SparseCoder
+with its signed, schedule-free optimizer at its own learning rate, no AuxK) and theirs with Adam at our learning rate. Their step
+is their Trainer's, in its order. FVU is that of held-out states after the same tokens.
+"""
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+import torch
+
+import data
+import sae
+from model import load_gpt
+from schedulefree import ScheduleFreeWrapper
+from sparsify import SparseCoder, SparseCoderConfig
+from sparsify.sign_sgd import SignSGD
+
+HELD_OUT = 16384
+
+
+class Ours:
+    def __init__(self, cfg, x, steps):
+        torch.manual_seed(0)
+        self.cfg, self.steps, self.n = cfg, steps, 0
+        self.sae = sae.SAE(x.shape[1], cfg.n_concepts, cfg.k)
+        sae.initialize(self.sae, x, torch.Generator().manual_seed(0))
+        self.optimizer = sae.make_optimizer(self.sae, cfg.learning_rate)
+
+    def step(self, x):
+        sae.train_step(self.sae, self.optimizer, x, self.cfg, self.steps * len(x) // 20, self.n)
+        self.n += 1
+
+    def rebuilt(self, x):
+        return self.sae.decode(self.sae.encode(x))
+
+
+class Theirs:
+    def __init__(self, cfg, x, adam):
+        torch.manual_seed(0)
+        self.sae = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=cfg.n_concepts, k=cfg.k))
+        self.sae.b_dec.data = x.mean(0)
+        if adam:
+            self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=cfg.learning_rate)
+        else:
+            self.optimizer = ScheduleFreeWrapper(SignSGD([dict(params=self.sae.parameters(), lr=5e-3 / (cfg.n_concepts / 2 ** 14) ** 0.5)]), momentum=0.95)
+            self.optimizer.train()
+
+    def step(self, x):
+        self.sae.set_decoder_norm_to_unit_norm()
+        out = self.sae(x, total_variance=(x - x.mean(0)).pow(2).sum())
+        out.fvu.backward()
+        self.sae.remove_gradient_parallel_to_decoder_directions()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def rebuilt(self, x):
+        if hasattr(self.optimizer, "eval"):
+            self.optimizer.eval()
+        self.sae.set_decoder_norm_to_unit_norm()
+        return self.sae(x).sae_out
+
+
+def of_a_model(path, cfg):
+    """Batches of the hidden states of a concept model: f(step) → (N, d)."""
+    gpt, _ = load_gpt(path)
+    batches = data.Batches(data.load_tokens("stdlib", "train"), gpt.config.block_size, 8192 // gpt.config.block_size, gpt.config.vocab_size, 0)
+    return sae.HiddenStates(gpt, 1, batches, cfg.batch_size, 8, 0, torch.device("cpu")).__getitem__
+
+
+def made_up(d, cfg):
+    """Sums of 32 of as many random directions as there are latents, their frequencies Zipf's, normalised."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(cfg.n_concepts, d, generator=generator), dim=1)
+    often = 1 / torch.arange(10, cfg.n_concepts + 10)
+
+    def states(step):
+        g = torch.Generator().manual_seed(step)
+        which = torch.multinomial(often.expand(cfg.batch_size, -1), 32, generator=g)
+        return sae.normalize(torch.nn.functional.embedding_bag(which, directions, per_sample_weights=torch.rand(which.shape, generator=g).add(0.2), mode="sum"))[0]
+    return states
+
+
+def measure(name, states, cfg):
+    steps = cfg.max_tokens // cfg.batch_size
+    first = torch.cat([states(i) for i in range(-(-4096 // cfg.batch_size))])
+    trainers = {"ours": Ours(cfg, first, steps), "eai-sparsify, as it comes": Theirs(cfg, first, False), "eai-sparsify, Adam": Theirs(cfg, first, True)}
+    seconds = {trainer: [] for trainer in trainers}
+    for step in range(steps):
+        x = states(step)
+        for trainer, it in trainers.items():
+            start = time.perf_counter()
+            it.step(x)
+            seconds[trainer].append(time.perf_counter() - start)
+    with torch.no_grad():
+        held_out = torch.cat([states(steps + 1000 + i) for i in range(-(-HELD_OUT // cfg.batch_size))])
+        fvu = {trainer: sum(((x - it.rebuilt(x)) ** 2).sum() for x in held_out.split(2048)) / ((held_out - held_out.mean(0)) ** 2).sum() for trainer, it in trainers.items()}
+    for trainer in trainers:
+        speed = cfg.batch_size / statistics.median(seconds[trainer])
+        ratio = statistics.median(a / b for a, b in zip(seconds[trainer], seconds["ours"]))
+        yield f"| {name} | {trainer} | {speed:,.0f} | {ratio:.2f} | {fvu[trainer]:.3f} | {steps * cfg.batch_size:,} |"
+
+
+def main(path):
+    lines = [f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}", "",
+             "| width → latents, k | trainer | tokens/s | its time ÷ ours | FVU | tokens |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    small = sae.Config(n_concepts=2048, k=16, k_aux=64, max_tokens=500_000, batch_size=1024, learning_rate=2e-3)
+    large = sae.Config(n_concepts=32768, k=32, k_aux=256, max_tokens=120_000, batch_size=2048, learning_rate=1e-3)
+    lines += measure("160 → 2 048, 16: the demo's", of_a_model(path, small), small)
+    lines += measure("768 → 32 768, 32: made-up states", made_up(768, large), large)
+    (HERE / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -4,8 +4,8 @@
     python results/run.py results/stdlib-ablations --draw       # the table and the curves of what is there
 
 An experiment is a file experiment.py of plain assignments: `prepare` (commands), `before` {name: command} (models made
-once), `runs` {row: command}, `every` (keys of all runs), `seeds`, `out`, `at_once`. A row's logs are copied into the
-experiment's folder as they are done; a later call goes on with what is missing there. In another clone `before` is made
+once), `runs` {row: command}, `every` (keys of all runs), `seeds`, `out`, `at_once`, `panels` {title: rows} of the picture. A
+row's logs are copied into the experiment's folder as they are done; a later call goes on with what is missing there. In another clone `before` is made
 anew: its models are those of the first only where the machine and the data give the same bits.
 """
 import os
@@ -26,7 +26,7 @@ import eval as evaluation
 from config import UserError, key
 
 
-EXPERIMENT = dict(out="", prepare=[], before={}, runs={}, every="", seeds=(1337,), at_once=1)  # what experiment.py may say
+EXPERIMENT = dict(out="", prepare=[], before={}, runs={}, every="", seeds=(1337,), at_once=1, panels={})  # what experiment.py may say
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ def finished(path):
     return bool(log) and log[0].get("max_iters") == log[-1].get("step") and "val_loss" in log[-1]
 
 
-def draw(folder, rows, seeds):
-    """table.md and the curves of the rows that are there."""
+def draw(folder, e):
+    """table.md and the curves of an experiment's rows that are there."""
     logs = {}
-    for row in rows:
-        for seed in seeds:
+    for row in e["runs"]:
+        for seed in e["seeds"]:
             path = folder / f"{file_name(row)}-{seed}.jsonl"
             if finished(path):
                 logs[f"{row}-{seed}"] = config.read_log(path)
@@ -73,7 +73,7 @@ def draw(folder, rows, seeds):
     curves = evaluation.curves(logs)
     (folder / "table.md").write_text(evaluation.course(curves) + "\n")
     print(evaluation.course(curves))
-    print(f"curves: {evaluation.plot(folder / 'curves', curves)}")
+    print(f"curves: {evaluation.plot(folder / 'curves', curves, e['panels'])}")
 
 
 def main(argv):
@@ -117,7 +117,7 @@ def main(argv):
             pool.shutdown(cancel_futures=True)
     if missing:
         (folder / "machine.txt").write_text(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}; {at_once} runs at once\n")
-    draw(folder, e["runs"], seeds)
+    draw(folder, e)
 
 
 if __name__ == "__main__":

@@ -31,5 +31,13 @@ runs = {
     "hidden state, l2": f"{cocomix} --target=l2",
     "hidden state, cos": f"{cocomix} --target=cos",
 }
+panels = {
+    "the methods": ["NTP", "KD", "Pause, residual", "CoCoMix", "CoCoMix, residual"],
+    "which concepts are labels (Figure 6a)": ["NTP", "CoCoMix", "labels by activation", "attribution as in eq. 1", "attribution, lower", "attribution, abs"],
+    "h + ĉ inserted": ["NTP", "Pause, residual", "concept mix only, residual", "CoCoMix, residual", "labels by activation, residual"],
+    "what is predicted (Figure 6b)": ["NTP", "CoCoMix", "hidden state, l1", "hidden state, l2", "hidden state, cos"],
+    "prediction and mixing (Figure 6d, e)": ["NTP", "concept prediction only", "concept mix only", "CoCoMix", "adding"],
+    "pause vectors (Figure 6f)": ["Pause", "Pause + KD", "Pause, residual", "Pause + KD, residual", "CoCoMix"],
+}
 seeds = (1337, 1)
 at_once = 2  # runs side by side, one thread each

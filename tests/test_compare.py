@@ -96,6 +96,16 @@ def test_an_experiment_runs_what_is_missing_and_keeps_logs_table_and_curves(data
     assert not experiment.finished(cut)
     assert run(experiment.main, folder)[0] == 0 and experiment.finished(cut)
     assert len(calls) == 3 and "train.py --n_layer" in calls[2] and calls[2].endswith("--resume")  # only what is missing
+    made = json.loads((folder / "runs.json").read_text())
+    assert set(made) == {"ntp-1337", "pause_kd-1337"} and made["ntp-1337"]["command"].startswith("train.py --n_layer") and "2 runs at once" in made["ntp-1337"]["machine"]
+    edited = (folder / "experiment.py").read_text().replace('"train.py --method=pause"', '"train.py --method=pause --learning_rate=1e-3"') + 'once = ("NTP",)\nseeds = (1337, 2)\n'
+    (folder / "experiment.py").write_text(edited)
+    before = cut.read_bytes()
+    assert run(experiment.main, folder)[0] == 0 and len(calls) == 5  # the row whose command is another, and its second seed; NTP stands, once
+    assert all("--learning_rate=1e-3" in call for call in calls[3:]) and cut.read_bytes() == before and not (folder / "ntp-2.jsonl").exists()
+    (folder / "experiment.py").write_text(edited + 'panels = {"all": ["NTP", "other"]}\n')
+    status, _, err = run(experiment.main, folder)
+    assert status == 1 and "'other' in once or panels is no row" in err
     (folder / "experiment.py").write_text(f'out = "{out}"\nruns = {{"broken": "train.py --n_head=7 --n_embd=16 --dataset={dataset}"}}\n')
     status, _, err = run(experiment.main, folder)
     assert status == 1 and "n_embd=16 is not divisible" in err

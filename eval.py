@@ -416,6 +416,7 @@ def named(paths):
 class Curve(NamedTuple):
     """The course of one method's training: means over its seeds at the evaluations that all of them share."""
     tokens: list[int]
+    seeds: list[int]
     losses: list[list[float]]  # of each seed, at each of tokens
     seconds: list[float]
     flops_per_token: float     # with those that make the labels, wherever they were made
@@ -425,11 +426,15 @@ class Curve(NamedTuple):
         """Mean over the seeds."""
         return [statistics.fmean(at) for at in zip(*self.losses)]
 
-    @property
-    def spread(self):
-        """Half the distance between the best and the worst seed at the end; None for one seed."""
-        last = [losses[-1] for losses in self.losses]
-        return (max(last) - min(last)) / 2 if len(last) > 1 else None
+    def at(self, tokens):
+        """{seed: its loss} after so many tokens."""
+        return {seed: losses[self.tokens.index(tokens)] for seed, losses in zip(self.seeds, self.losses)}
+
+
+def spread(values):
+    """Numbers as text: their mean, with half the distance between the least and the largest where there are several."""
+    values = list(values)
+    return f"{statistics.fmean(values):.3f}" + (f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else "")
 
 
 def curves(logs):
@@ -445,7 +450,7 @@ def curves(logs):
         if not shared:
             raise UserError(f"{name}: no evaluation after the start is in its log" + ("s" if len(group) > 1 else "") + "; train on, or with a smaller --eval_interval")
         start = group[0][0]
-        found[name] = Curve(shared, [[at[t]["val_loss"] for t in shared] for at in points],
+        found[name] = Curve(shared, [log[0].get("seed") for log in group], [[at[t]["val_loss"] for t in shared] for at in points],
                             [statistics.fmean(at[t]["seconds"] for at in points) for t in shared],
                             (start.get("flops_per_token") or 0) + (start.get("concept_flops_per_token") or 0))
     return found
@@ -462,23 +467,24 @@ def tokens_to_reach(curve, loss):
 
 
 def course(runs, columns=4):
-    """{name: Curve} as a Markdown table: val loss at up to `columns` evaluations that all share, the last with half the
-    distance between the best and worst seed; what it takes to come to the first run's last loss, in tokens and in FLOPs, as
-    shares of the first run's; seconds and FLOPs of the whole run."""
+    """{name: Curve} as a Markdown table: val loss at up to `columns` evaluations that all share; what the last is over the first
+    run's, seed by seed (seeds share batches and what they start from, so this varies less than the losses do); what it takes to
+    come to the first run's last loss, in tokens and in FLOPs, as shares of the first run's; FLOPs and seconds of the whole run.
+    ±: half the distance between the best and the worst seed."""
     shared = sorted(set.intersection(*(set(run.tokens) for run in runs.values())))
     if not shared:
         raise UserError("these runs share no evaluation: compare runs of one eval_interval and batch size")
     n = min(columns, len(shared))
     shown = [shared[round((i + 1) * len(shared) / n) - 1] for i in range(n)]
     first = next(iter(runs.values()))
-    goal, end = first.loss[first.tokens.index(shared[-1])], shared[-1]
-    rows = [["run", "seeds", *(f"loss at {tokens / 1e6:.2f}M" for tokens in shown), "tokens needed", "FLOPs needed", "FLOPs", "seconds"]]
+    end, start = shared[-1], first.at(shared[-1])
+    goal = statistics.fmean(start.values())
+    rows = [["run", "seeds", *(f"loss at {tokens / 1e6:.2f}M" for tokens in shown), "over the first", "tokens needed", "FLOPs needed", "FLOPs", "seconds"]]
     rows.append(["---"] + ["---:"] * (len(rows[0]) - 1))
     for name, run in runs.items():
-        at = {t: loss for t, loss in zip(run.tokens, run.loss)}
-        cells = [f"{at[t]:.3f}" for t in shown]
-        if run.spread is not None and run.tokens[-1] == end:
-            cells[-1] += f" ± {run.spread:.3f}"
+        cells = [spread(run.at(t).values()) for t in shown]
+        paired = [loss - start[seed] for seed, loss in run.at(end).items() if seed in start]
+        cells.append("–" if run is first or not paired else spread(paired))
         needed, known = tokens_to_reach(run, goal), run.flops_per_token and first.flops_per_token
         share = lambda tokens, by=1.0: "not reached" if needed is None else f"{tokens * by / end:.1%}"
         rows.append([name, str(len(run.losses)), *cells, share(needed), share(needed, run.flops_per_token / first.flops_per_token) if known else "–",
@@ -486,22 +492,32 @@ def course(runs, columns=4):
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def plot(path, runs):
-    """{name: Curve}: val loss against tokens, FLOPs and training time, a line for each, a band from its best to its worst seed.
-    A path without a suffix gives a .png and an .svg; returns the paths."""
+def plot(path, runs, panels=None):
+    """{name: Curve}: val loss against tokens, FLOPs and training time, a line for each, a band from its best to its worst seed;
+    the steep first fifth of the tokens may be above the picture. panels {title: names}: a row of them for each, instead of all in
+    one. A path without a suffix gives a .png and an .svg; returns the paths."""
     plt = config.pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
-    for name, run in runs.items():
-        for axis, at in zip(axes, (run.tokens, [t * run.flops_per_token for t in run.tokens], run.seconds)):
-            line, = axis.plot(at, run.loss, marker="o", markersize=3, label=name)
-            if len(run.losses) > 1:
-                axis.fill_between(at, [min(v) for v in zip(*run.losses)], [max(v) for v in zip(*run.losses)], color=line.get_color(), alpha=0.2, linewidth=0)
-    for axis, label in zip(axes, ("training tokens", "training FLOPs", "training time (s)")):
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-        axis.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=""))
-    axes[0].set_ylabel("validation loss (nats a token)")
-    axes[0].legend(frameon=False)
+    panels = {title: some for title, names in (panels or {"": runs}).items() if (some := [name for name in names if name in runs])}
+    figure, rows = plt.subplots(len(panels), 3, figsize=(13, 4 * len(panels)), sharey="row", squeeze=False, layout="constrained")
+    for (title, names), axes in zip(panels.items(), rows):
+        late = []
+        for name in names:
+            run = runs[name]
+            best, worst = ([pick(at) for at in zip(*run.losses)] for pick in (min, max))
+            late += [loss for losses in (best, worst) for tokens, loss in zip(run.tokens, losses) if tokens >= run.tokens[-1] / 5]
+            for axis, at in zip(axes, (run.tokens, [t * run.flops_per_token for t in run.tokens], run.seconds)):
+                line, = axis.plot(at, run.loss, marker="o", markersize=3, label=name)
+                if len(run.losses) > 1:
+                    axis.fill_between(at, best, worst, color=line.get_color(), alpha=0.2, linewidth=0)
+        margin = 0.05 * (max(late) - min(late)) or 0.1
+        axes[0].set_ylim(min(late) - margin, max(late) + margin)
+        for axis, label in zip(axes, ("training tokens", "training FLOPs", "training time (s)")):
+            axis.set_xlabel(label)
+            axis.grid(alpha=0.3)
+            axis.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=""))
+        axes[0].set_ylabel("validation loss (nats a token)")
+        axes[0].set_title(title, loc="left", fontsize=10)
+        axes[0].legend(frameon=False)
     return save_pictures(figure, Path(path))
 
 

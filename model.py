@@ -160,9 +160,8 @@ class _LinearTopK(torch.autograd.Function):
         loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         kl = torch.zeros_like(loss)
         values, indices = loss.new_empty(N, k), torch.empty(N, k, dtype=torch.long, device=x.device)
-        dense = grad and labels is not None and any(ctx.needs_input_grad[:3])
-        dx, dw, db = (torch.zeros_like(t, dtype=loss.dtype) if dense and t is not None and need else None
-                      for t, need in zip((x, weight, bias), ctx.needs_input_grad))
+        wanted = [grad and labels is not None and t is not None and need for t, need in zip((x, weight, bias), ctx.needs_input_grad)]
+        dx, dw, db = torch.empty_like(x, dtype=loss.dtype) if wanted[0] else None, None, None
         if torch.is_autocast_enabled(x.device.type):
             low = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(low), weight.to(low)
@@ -193,20 +192,20 @@ class _LinearTopK(torch.autograd.Function):
                 loss += (normaliser - at_labels.mean(-1)).sum()
                 if teacher_x is not None:
                     kl += normaliser.sum()
-                if dense:  # d loss / d z = (softmax(z) - 1/m at the m labels) / N; e is softmax × total, so scale rows once
+                if any(wanted):  # d loss / d z = (softmax(z) - 1/m at the m labels) / N; e is softmax × total, so scale rows once
                     if teacher_x is not None:  # and kd_weight · (softmax(z) - p) / N
                         e *= 1 + kd_weight
                         e[:, :n_valid] -= kd_weight * total * p
                     e.scatter_add_(-1, y, (-total / y.shape[1]).expand(y.shape))
                     scale = 1 / (total * N)
-                    if db is not None:
-                        db += (scale.T @ e)[0]
+                    if wanted[2]:
+                        db = _plus(db, (scale.T @ e)[0])
                     e = e.to(x.dtype)
-                    if dx is not None:
+                    if wanted[0]:
                         dx[chunk] = (e @ weight) * scale
-                    if dw is not None:
+                    if wanted[1]:
                         scaled = (x[chunk] * scale).to(x.dtype)
-                        dw.addmm_(e.T, scaled) if dw.dtype == x.dtype else dw.add_(e.T @ scaled)
+                        dw = (e.T @ scaled).to(loss.dtype) if dw is None else dw.addmm_(e.T, scaled) if dw.dtype == x.dtype else dw.add_(e.T @ scaled)
         ctx.save_for_backward(x, weight, indices, dx, dw, db)
         ctx.has_bias = bias is not None
         kl /= N
@@ -216,17 +215,21 @@ class _LinearTopK(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_values, _, grad_loss, __):
         x, weight, indices, dx, dw, db = ctx.saved_tensors
-        dx, dw, db = (None if t is None or grad_loss is None else t * grad_loss for t in (dx, dw, db))
+        dx, dw, db = (None if t is None or grad_loss is None else t.mul_(grad_loss) for t in (dx, dw, db))  # in place: a second backward is an error
         if grad_values is not None and grad_values.shape[1]:
             top = TopK(grad_values, indices)
-            add = lambda total, term: term if total is None else total.add_(term)
             if ctx.needs_input_grad[0]:
-                dx = add(dx, F.embedding_bag(indices, weight, mode="sum", per_sample_weights=grad_values.to(weight.dtype)))
+                dx = _plus(dx, F.embedding_bag(indices, weight, mode="sum", per_sample_weights=grad_values.to(weight.dtype)))
             if ctx.needs_input_grad[1]:
-                dw = add(dw, sparse_outer(top, x, len(weight)))
+                dw = _plus(dw, sparse_outer(top, x, len(weight)))
             if ctx.has_bias and ctx.needs_input_grad[2]:
-                db = add(db, grad_values.new_zeros(len(weight)).index_add_(0, indices.flatten(), grad_values.flatten()))
+                db = _plus(db, grad_values.new_zeros(len(weight)).index_add_(0, indices.flatten(), grad_values.flatten()))
         return dx, dw, db, *[None] * 7
+
+
+def _plus(total, term):
+    """total + term in total's memory; a total that has not begun is None."""
+    return term if total is None else total.add_(term)
 
 
 # ---------------------------------------------------------------------------------------------------

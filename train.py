@@ -27,6 +27,7 @@ import data
 from concepts import Guidance, LabelKeys, check_tokenizer, load_concept_model, open_labels, uses_bf16
 from config import UserError, key
 from model import GPT, RUN, ModelConfig, load_checkpoint, load_model, load_optimizer, model_checkpoint, perplexity, pick_device, save_checkpoint
+from sae import model_hash
 
 
 @dataclass(frozen=True)
@@ -342,6 +343,7 @@ def main(argv):
     if log.empty:
         log.write(dict(step=step, method=cfg.method, seed=cfg.seed, max_iters=cfg.max_iters, params=model.num_params(), active_params=model.num_params(active=True), flops_per_token=flops,
                        concept_flops_per_token=concept_flops, labels=cfg.labels if predicts else None,
+                       concept_model_hash=model_hash(concept_model.gpt) if concept_model else None,
                        device=torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} {device.type}", threads=torch.get_num_threads(), processes=ranks.size,
                        torch=torch.__version__, source_hash=meta.get("source_hash")))
     print(f"{cfg.method}: {model.num_params(active=True) / 1e6:.2f}M active of {model.num_params() / 1e6:.2f}M parameters, "

@@ -11,5 +11,5 @@ batch_size = 4
 max_iters = 500
 learning_rate = 4e-3     # the best of three, as for CoCoMix (results/stdlib-sweep)
 warmup_iters = 25
-eval_interval = 50
-eval_iters = 12
+eval_interval = 100
+eval_iters = 10

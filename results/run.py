@@ -4,10 +4,14 @@
     python results/run.py results/stdlib-ablations --draw       # the table and the curves of what is there
 
 An experiment is a file experiment.py of plain assignments: `prepare` (commands), `before` {name: command} (models made
-once), `runs` {row: command}, `every` (keys of all runs), `seeds`, `out`, `at_once`. A row's logs are copied into the
-experiment's folder as they are done; a later call goes on with what is missing there. In another clone `before` is made
-anew: its models are those of the first only where the machine and the data give the same bits.
+once), `runs` {row: command}, `once` (rows that run with the first seed alone), `every` (keys of all runs), `seeds`, `out`,
+`at_once`, `panels` {title: rows} of the picture. A run's log is copied into the experiment's folder as it is done, its
+command and machine written into runs.json there; a later call goes on with what is missing or has another command now.
+In another clone `before` is made anew: its models are those of the first only where the machine and the data give the
+same bits (the logs hold a hash of the concept model).
 """
+import itertools
+import json
 import os
 import platform
 import re
@@ -15,9 +19,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -26,7 +32,7 @@ import eval as evaluation
 from config import UserError, key
 
 
-EXPERIMENT = dict(out="", prepare=[], before={}, runs={}, every="", seeds=(1337,), at_once=1)  # what experiment.py may say
+EXPERIMENT = dict(out="", prepare=[], before={}, runs={}, once=(), every="", seeds=(1337,), at_once=1, panels={})  # what experiment.py may say
 
 
 @dataclass(frozen=True)
@@ -60,11 +66,38 @@ def finished(path):
     return bool(log) and log[0].get("max_iters") == log[-1].get("step") and "val_loss" in log[-1]
 
 
-def draw(folder, rows, seeds):
-    """table.md and the curves of the rows that are there."""
+class Job(NamedTuple):
+    """One run of an experiment."""
+    row: str
+    name: str     # of its log and its folder
+    command: str
+
+
+class Made:
+    """runs.json of an experiment's folder: {name of a log: the command that made it, and the machine}."""
+    def __init__(self, folder):
+        self.path, self.lock = folder / "runs.json", threading.Lock()
+        self.runs = json.loads(self.path.read_text()) if self.path.is_file() else {}
+
+    def by(self, job):
+        """Was the job's log made by its command, as far as is known?"""
+        return job.name not in self.runs or self.runs[job.name]["command"] == job.command
+
+    def note(self, job, machine):
+        with self.lock:
+            self.runs[job.name] = dict(command=job.command, machine=machine)
+            self.path.write_text(json.dumps(dict(sorted(self.runs.items())), indent=1) + "\n")
+
+    def forget(self, job):
+        with self.lock:
+            del self.runs[job.name]
+
+
+def draw(folder, e):
+    """table.md and the curves of an experiment's rows that are there."""
     logs = {}
-    for row in rows:
-        for seed in seeds:
+    for row in e["runs"]:
+        for seed in e["seeds"]:
             path = folder / f"{file_name(row)}-{seed}.jsonl"
             if finished(path):
                 logs[f"{row}-{seed}"] = config.read_log(path)
@@ -73,7 +106,7 @@ def draw(folder, rows, seeds):
     curves = evaluation.curves(logs)
     (folder / "table.md").write_text(evaluation.course(curves) + "\n")
     print(evaluation.course(curves))
-    print(f"curves: {evaluation.plot(folder / 'curves', curves)}")
+    print(f"curves: {evaluation.plot(folder / 'curves', curves, e['panels'])}")
 
 
 def main(argv):
@@ -89,9 +122,17 @@ def main(argv):
         raise UserError(f"only={cfg.only!r}: no row begins with it; there are {' | '.join(e['runs'])}")
     if e["at_once"] < 1 or len({file_name(row) for row in e["runs"]}) < len(e["runs"]):
         raise UserError(f"{folder / 'experiment.py'}: at_once={e['at_once']} must be at least 1, and rows must differ in more than case and punctuation")
-    seeds, at_once, out = e["seeds"], e["at_once"], Path(e["out"])
-    jobs = [(row, seed, folder / f"{file_name(row)}-{seed}.jsonl") for seed in seeds for row in e["runs"] if row.startswith(cfg.only or "")]
-    missing = [] if cfg.draw else [job for job in jobs if not finished(job[2])]
+    if unknown := [row for row in (*e["once"], *(row for rows in e["panels"].values() for row in rows)) if row not in e["runs"]]:
+        raise UserError(f"{folder / 'experiment.py'}: {unknown[0]!r} in once or panels is no row of runs")
+    at_once, out, made = e["at_once"], Path(e["out"]), Made(folder)
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}; {at_once} run{'s' * (at_once > 1)} at once"
+    jobs = []
+    for seed, row in itertools.product(e["seeds"], e["runs"]):
+        name = f"{file_name(row)}-{seed}"
+        if row.startswith(cfg.only or "") and (row not in e["once"] or seed == e["seeds"][0]):
+            jobs.append(Job(row, name, " ".join(f"{e['runs'][row]} {e['every']} --seed={seed} --out_dir={out / name}".split())))
+    jobs.sort(key=lambda job: job.row in e["once"])
+    missing = [] if cfg.draw else [job for job in jobs if not (finished(folder / f"{job.name}.jsonl") and made.by(job))]
     if missing:
         for command in e["prepare"]:
             call(command, "prepare", ROOT / out / "prepare.txt", None)
@@ -103,21 +144,21 @@ def main(argv):
 
     with config.progress(len(missing), folder.name, "run") as bar:
         def run(job):
-            row, seed, log = job
-            to = out / f"{file_name(row)}-{seed}"
-            call(f"{e['runs'][row]} {e['every']} --seed={seed} --out_dir={to} --resume", row, ROOT / f"{to}.txt", os.cpu_count() // at_once or 1)
-            shutil.copy(ROOT / to / "log.jsonl", log)
+            if not made.by(job):  # of an older experiment.py
+                shutil.rmtree(ROOT / out / job.name, ignore_errors=True)
+                made.forget(job)
+            call(f"{job.command} --resume", job.row, ROOT / out / f"{job.name}.txt", os.cpu_count() // at_once or 1)
+            shutil.copy(ROOT / out / job.name / "log.jsonl", folder / f"{job.name}.jsonl")
+            made.note(job, machine)
             bar.update()
-            bar.set_postfix_str(row)
+            bar.set_postfix_str(job.row)
         pool = ThreadPoolExecutor(at_once)
         try:
             for done in [pool.submit(run, job) for job in missing]:
                 done.result()
         finally:
             pool.shutdown(cancel_futures=True)
-    if missing:
-        (folder / "machine.txt").write_text(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}; {at_once} runs at once\n")
-    draw(folder, e["runs"], seeds)
+    draw(folder, e)
 
 
 if __name__ == "__main__":

@@ -32,17 +32,23 @@ def test_tokens_to_reach_a_loss_are_read_off_between_two_evaluations():
 def test_the_table_tells_what_the_first_runs_end_costs_the_others():
     curves = evaluation.curves({"ntp": log([5.0, 4.0, 3.5, 3.25]), "fast": log([4.0, 3.25, 3.0, 2.0], flops=10, concept_flops=20), "slow": log([6.0, 5.0, 4.5, 4.0])})
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in evaluation.course(curves, columns=2).splitlines()]
-    assert rows[0] == ["run", "seeds", "loss at 0.00M", "loss at 0.00M", "tokens needed", "FLOPs needed", "FLOPs", "seconds"]
-    assert rows[2] == ["ntp", "1", "4.000", "3.250", "100.0%", "100.0%", "4.00e+03", "8"]
-    assert rows[3] == ["fast", "1", "3.250", "2.000", "50.0%", "150.0%", "1.20e+04", "8"]
-    assert rows[4][2:6] == ["5.000", "4.000", "not reached", "not reached"]
+    assert rows[0] == ["run", "seeds", "loss at 0.00M", "loss at 0.00M", "over the first", "tokens needed", "FLOPs needed", "FLOPs", "seconds"]
+    assert rows[2] == ["ntp", "1", "4.000", "3.250", "–", "100.0%", "100.0%", "4.00e+03", "8"]
+    assert rows[3] == ["fast", "1", "3.250", "2.000", "-1.250", "50.0%", "150.0%", "1.20e+04", "8"]
+    assert rows[4][2:7] == ["5.000", "4.000", "0.750", "not reached", "not reached"]
 
 
 def test_seeds_of_one_row_are_one_curve_with_its_spread():
     curves = evaluation.curves({"ntp-1": log([5.0, 3.0], seed=1), "ntp-22": log([6.0, 3.5], seed=22), "other-9": log([1.0], seed=1)})
     assert list(curves) == ["ntp", "other-9"]
-    assert curves["ntp"].loss == [5.5, 3.25] and curves["ntp"].spread == 0.25 and curves["other-9"].spread is None
+    assert curves["ntp"].loss == [5.5, 3.25] and curves["ntp"].seeds == [1, 22] and len(curves["other-9"].losses) == 1
     assert "3.250 ± 0.250" in evaluation.course({"ntp": curves["ntp"]})
+
+
+def test_a_row_is_set_against_the_first_seed_by_seed():
+    lines = {"ntp-1": log([3.0], seed=1), "ntp-2": log([4.0], seed=2), "better-1": log([2.5], seed=1), "better-2": log([3.25], seed=2), "other-3": log([1.0], seed=3)}
+    table = evaluation.course(evaluation.curves(lines))
+    assert "| 2.875 ± 0.375 | -0.625 ± 0.125 |" in table and "| 1.000 | – |" in table
 
 
 def test_runs_without_a_shared_evaluation_are_refused():
@@ -58,6 +64,9 @@ def test_a_picture_without_a_suffix_is_drawn_as_png_and_svg(tmp_path):
     svg = (tmp_path / "c.svg").read_bytes()
     evaluation.plot(tmp_path / "again.svg", curves)
     assert (tmp_path / "again.svg").read_bytes() == svg  # the same figure, the same bytes
+    evaluation.plot(tmp_path / "panels.svg", curves, {"first": ["ntp", "not there"], "second": ["ntp"], "empty": ["not there"]})
+    panels = (tmp_path / "panels.svg").read_text()  # matplotlib keeps each text as a comment beside its outlines
+    assert [panels.count(f"<!-- {text} -->") for text in ("training tokens", "first", "second", "empty")] == [2, 1, 1, 0]
 
 
 def test_an_experiment_draws_the_finished_runs_that_are_there(tmp_path):
@@ -87,13 +96,23 @@ def test_an_experiment_runs_what_is_missing_and_keeps_logs_table_and_curves(data
     assert not experiment.finished(cut)
     assert run(experiment.main, folder)[0] == 0 and experiment.finished(cut)
     assert len(calls) == 3 and "train.py --n_layer" in calls[2] and calls[2].endswith("--resume")  # only what is missing
+    made = json.loads((folder / "runs.json").read_text())
+    assert set(made) == {"ntp-1337", "pause_kd-1337"} and made["ntp-1337"]["command"].startswith("train.py --n_layer") and "2 runs at once" in made["ntp-1337"]["machine"]
+    edited = (folder / "experiment.py").read_text().replace('"train.py --method=pause"', '"train.py --method=pause --learning_rate=1e-3"') + 'once = ("NTP",)\nseeds = (1337, 2)\n'
+    (folder / "experiment.py").write_text(edited)
+    before = cut.read_bytes()
+    assert run(experiment.main, folder)[0] == 0 and len(calls) == 5  # the row whose command is another, and its second seed; NTP stands, once
+    assert all("--learning_rate=1e-3" in call for call in calls[3:]) and cut.read_bytes() == before and not (folder / "ntp-2.jsonl").exists()
+    (folder / "experiment.py").write_text(edited + 'panels = {"all": ["NTP", "other"]}\n')
+    status, _, err = run(experiment.main, folder)
+    assert status == 1 and "'other' in once or panels is no row" in err
     (folder / "experiment.py").write_text(f'out = "{out}"\nruns = {{"broken": "train.py --n_head=7 --n_embd=16 --dataset={dataset}"}}\n')
     status, _, err = run(experiment.main, folder)
     assert status == 1 and "n_embd=16 is not divisible" in err
 
 
 def test_each_row_of_an_experiment_is_a_run_that_its_script_accepts():
-    for name, rows in (("stdlib-ablations", 19), ("books-cpu", 9), ("books-h200", 7)):
+    for name, rows in (("stdlib-ablations", 27), ("books-cpu", 16), ("books-h200", 7)):
         e = config.read_config_file(ROOT / "results" / name / "experiment.py")
         for row, command in {**e["before"], **e["runs"]}.items():
             script, *argv = f"{command} {e['every'] if row in e['runs'] else ''}".split()

@@ -1,34 +1,50 @@
 # Books on two CPU cores: python results/run.py results/books-cpu (make books). A BPE of 4096 trained on them; one concept model
-# and its SAE; then all methods on the same tokens in the same order, as many active parameters, three seeds each.
+# and its SAE; then all methods on the same tokens in the same order, as many active parameters, three seeds for the methods.
 import os
 
 books = os.environ.get("BOOKS", "../shared/corpus")  # a folder with books-train.jsonl.xz and books-val.jsonl.xz
 out = "out/books-cpu"
 prepare = [f"data/text/prepare.py --input {books}/books-train.jsonl.xz --val {books}/books-val.jsonl.xz --tokenizer=bpe:4096 --out=data/books4096"]
 shape = "--dataset=data/books4096 --n_layer=4 --n_head=2 --block_size=256 --embedding_std=0.08 --batch_size=8"
-learner = f"{shape} --max_iters=800 --learning_rate=4e-3 --warmup_iters=40 --eval_interval=50 --eval_iters=25"
+learner = f"{shape} --max_iters=600 --learning_rate=4e-3 --warmup_iters=30 --eval_interval=50 --eval_iters=10"
 before = {
-    "gpt": f"train.py {shape} --n_embd=192 --n_head=3 --max_iters=1600 --learning_rate=3e-3 --warmup_iters=80 --eval_interval=200 --eval_iters=25",
+    # wider than its students, five times their tokens
+    "gpt": f"train.py {shape} --n_embd=192 --n_head=3 --max_iters=3000 --learning_rate=3e-3 --warmup_iters=100 --eval_interval=500 --eval_iters=10",
     "sae": "sae.py config/stdlib_sae.py --dataset=data/books4096 --concept_model=out/books-cpu/gpt --max_tokens=1000000",
-    # a weaker concept model: no wider and no longer trained than its students
-    "gpt_weak": f"train.py {shape} --n_embd=128 --max_iters=600 --learning_rate=4e-3 --warmup_iters=40 --eval_interval=200 --eval_iters=25",
+    # a weaker concept model: no wider than its students, no longer trained
+    "gpt_weak": f"train.py {shape} --n_embd=128 --max_iters=600 --learning_rate=4e-3 --warmup_iters=30 --eval_interval=200 --eval_iters=10",
     "sae_weak": "sae.py config/stdlib_sae.py --dataset=data/books4096 --concept_model=out/books-cpu/gpt_weak --max_tokens=1000000",
 }
 every = "--concept_layer=1 --insert_layer=2 --concept_k=16"
-guided = f"{learner} --concept_model=out/books-cpu/gpt --sae=out/books-cpu/sae"
-weak = f"{learner} --concept_model=out/books-cpu/gpt_weak --sae=out/books-cpu/sae_weak"
-ntp, cocomix = f"train.py {guided} --n_embd=144", f"train.py {guided} --n_embd=128 --method=cocomix"
+guided = f"train.py {learner} --concept_model=out/books-cpu/gpt --sae=out/books-cpu/sae"
+ntp, cocomix = f"{guided} --n_embd=144", f"{guided} --n_embd=128 --method=cocomix"
+tuned = f"{cocomix} --mix=interleave_residual --select=activation --concept_weight=1"  # what we measured to be best at such sizes
+weak = tuned.replace("out/books-cpu/gpt", "out/books-cpu/gpt_weak").replace("out/books-cpu/sae", "out/books-cpu/sae_weak")
 runs = {
     "NTP": ntp,
-    "KD": f"{ntp} --method=kd",
-    "Pause": f"{ntp} --method=pause",
     "CoCoMix": cocomix,
+    "CoCoMix, tuned": tuned,
+    "KD": f"{ntp} --method=kd",
+    "KD, weight 1": f"{ntp} --method=kd --kd_weight=1",
     "CoCoMix, residual": f"{cocomix} --mix=interleave_residual",
-    # which labels
-    "residual, activation": f"{cocomix} --mix=interleave_residual --select=activation",
-    "residual, lower": f"{cocomix} --mix=interleave_residual --attribution_sign=lower",
-    "residual, abs": f"{cocomix} --mix=interleave_residual --attribution_sign=abs",
-    # a weaker concept model than the student
-    "residual, weak concept model": f"train.py {weak} --n_embd=128 --method=cocomix --mix=interleave_residual",
+    "Pause": f"{ntp} --method=pause",
+    # each once: what the tuned form owes to what
+    "Pause, residual": f"{ntp} --method=pause --mix=interleave_residual",
+    "CoCoMix, λ = 1": f"{cocomix} --concept_weight=1",
+    "tuned, λ = 0.1": f"{tuned} --concept_weight=0.1",
+    "tuned, attribution": f"{tuned} --select=attribution",
+    "tuned, attribution lower": f"{tuned} --select=attribution --attribution_sign=lower",
+    "tuned, attribution abs": f"{tuned} --select=attribution --attribution_sign=abs",
+    "tuned, nothing mixed in": f"{tuned} --mix=none",
+    "tuned, weak concept model": weak,
+    "tuned + KD, weight 1": f"{tuned} --method=cocomix_kd --kd_weight=1",
+}
+once = tuple(runs)[7:]
+panels = {
+    "the methods": ["NTP", "KD", "Pause", "CoCoMix", "CoCoMix, residual", "CoCoMix, tuned"],
+    "more weight": ["NTP", "CoCoMix, λ = 1", "CoCoMix, tuned", "KD, weight 1", "tuned + KD, weight 1"],
+    "which concepts are labels": ["NTP", "CoCoMix, tuned", "tuned, attribution", "tuned, attribution lower", "tuned, attribution abs"],
+    "what the tuned form owes to what": ["NTP", "CoCoMix, tuned", "tuned, λ = 0.1", "tuned, nothing mixed in", "tuned, weak concept model", "Pause, residual"],
 }
 seeds = (1337, 1, 2)
+at_once = 2  # runs side by side, one thread each

@@ -12,12 +12,14 @@ before = {
 }
 every = f"{common} --concept_model=out/books-h200/gpt --sae=out/books-h200/sae --concept_layer=5 --insert_layer=3 --max_tokens=45e6 --learning_rate=1e-3"
 ntp, cocomix = "train.py config/ntp_69m.py", "train.py config/cocomix_69m.py"
+tuned = f"{cocomix} --mix=interleave_residual --select=activation --concept_weight=1"
 runs = {
     "NTP": ntp,
     "CoCoMix": cocomix,
     "CoCoMix, residual": f"{cocomix} --mix=interleave_residual",
     "KD": f"{ntp} --method=kd",
     "Pause": f"{ntp} --method=pause",
-    "residual, activation": f"{cocomix} --mix=interleave_residual --select=activation",
-    "residual, lower": f"{cocomix} --mix=interleave_residual --attribution_sign=lower",
+    "CoCoMix, tuned": tuned,
+    "tuned, attribution": f"{tuned} --select=attribution",
+    "tuned, attribution lower": f"{tuned} --select=attribution --attribution_sign=lower",
 }

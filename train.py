@@ -44,6 +44,7 @@ class Config(LabelKeys):  # the keys that choose data and labels stand in concep
     insert_layer: int = key(5, "concepts are predicted and mixed in at the input of this block", low=0)
     concept_k: int = key(32, "predicted concepts kept by TopK", low=1)
     concept_weight: float = key(0.1, "weight of the concept loss", low=0)
+    concept_lr_scale: float = key(1.0, "learning rate of what predicts, compresses or is inserted, over that of the rest", low=0)
     mix: Literal["interleave", "interleave_residual", "add", "none"] = key("interleave", "what joins the hidden states h: ĉ or h + ĉ after each, ĉ added, nothing")
     target: Literal["concept", "l1", "l2", "cos"] = key("concept", "what is predicted: concepts, or the concept model's hidden state itself, by this distance")
     kd_weight: float = key(0.1, "KD: weight of KL(concept model ‖ model)", low=0)
@@ -125,10 +126,14 @@ def learning_rate(cfg, step):
 
 
 def make_optimizer(model, cfg, device):
-    """AdamW, decay on matrices and embeddings (dim ≥ 2) only, unless decay_all; fused where there is one."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=cfg.weight_decay),
-              dict(params=[p for p in parameters if p.dim() < 2], weight_decay=cfg.weight_decay if cfg.decay_all else 0.0)]
+    """AdamW, decay on matrices and embeddings (dim ≥ 2) only, unless decay_all; fused where there is one. A group's lr_scale
+    stands over the learning rate of the step."""
+    groups = []
+    for scale, inside in ((1.0, False), (cfg.concept_lr_scale, True)):
+        parameters = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith("inserted.") == inside]
+        for matrices, decay in ((True, cfg.weight_decay), (False, cfg.weight_decay if cfg.decay_all else 0.0)):
+            if some := [p for p in parameters if (p.dim() >= 2) == matrices]:
+                groups.append(dict(params=some, weight_decay=decay, lr_scale=scale))
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=device.type in ("cpu", "cuda"))
 
 
@@ -415,7 +420,7 @@ def main(argv):
                         means[name] = means.get(name, 0) + value * share
             norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf))
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(cfg, step)
+                group["lr"] = learning_rate(cfg, step) * group["lr_scale"]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1

@@ -189,15 +189,25 @@ def test_learning_rate_warms_up_from_above_zero_and_ends_at_a_tenth():
     assert train.learning_rate(cfg, middle) == pytest.approx(0.55)
 
 
-def test_only_matrices_and_embeddings_decay(chain):
+def test_only_matrices_and_embeddings_decay_and_what_is_inserted_has_a_rate_of_its_own(chain):
     model = load_model(load_checkpoint(chain["cocomix"]))
-    decayed, others = train.make_optimizer(model, train.Config(), torch.device("cpu")).param_groups
+    groups = train.make_optimizer(model, train.Config(concept_lr_scale=3), torch.device("cpu")).param_groups
     names = {id(p): n for n, p in model.named_parameters()}
-    assert decayed["weight_decay"] == 0.1 and others["weight_decay"] == 0
-    assert {"wte.weight", "wpe.weight", "inserted.compress", "inserted.predict.weight"} <= {names[id(p)] for p in decayed["params"]}
-    assert all("bias" in names[id(p)] or "ln_" in names[id(p)] for p in others["params"])
-    assert len(decayed["params"]) + len(others["params"]) == len(names)
-    assert [g["weight_decay"] for g in train.make_optimizer(model, train.Config(decay_all=True), torch.device("cpu")).param_groups] == [0.1, 0.1]
+    of = lambda **wanted: {names[id(p)] for g in groups if all(g[k] == v for k, v in wanted.items()) for p in g["params"]}
+    assert {"wte.weight", "wpe.weight", "inserted.compress", "inserted.predict.weight"} <= of(weight_decay=0.1)
+    assert of(weight_decay=0) and all("bias" in name or "ln_" in name for name in of(weight_decay=0))
+    assert of(lr_scale=3) == {name for name in names.values() if name.startswith("inserted.")} and of(lr_scale=1) == set(names.values()) - of(lr_scale=3)
+    assert sum(len(g["params"]) for g in groups) == len(names)
+    assert [g["weight_decay"] for g in train.make_optimizer(model, train.Config(decay_all=True), torch.device("cpu")).param_groups] == [0.1] * 4
+
+
+def test_the_rate_of_what_is_inserted_is_that_of_the_rest_times_its_scale(chain, dataset, tmp_path):
+    argv = [*TINY, f"--dataset={dataset}", "--method=cocomix", f"--concept_model={chain['gpt']}", f"--sae={chain['sae']}", "--max_iters=1", "--warmup_iters=0"]
+    for scale in ("1", "0"):
+        assert run(train.main, *argv, f"--out_dir={tmp_path / scale}", f"--concept_lr_scale={scale}")[0] == 0
+    one, none = (load_checkpoint(tmp_path / scale)["model"] for scale in ("1", "0"))
+    for name in one:
+        assert torch.equal(one[name], none[name]) != (name.startswith("inserted.") and one[name].abs().sum() > 0), name
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])

@@ -15,10 +15,10 @@ before = {
     "gpt_weak": f"train.py {shape} --n_embd=128 --max_iters=600 --learning_rate=4e-3 --warmup_iters=30 --eval_interval=200 --eval_iters=10",
     "sae_weak": "sae.py config/stdlib_sae.py --dataset=data/books4096 --concept_model=out/books-cpu/gpt_weak --max_tokens=1000000",
 }
-every = "--concept_layer=1 --insert_layer=2 --concept_k=16"
-guided = f"train.py {learner} --concept_model=out/books-cpu/gpt --sae=out/books-cpu/sae"
+every = "--concept_layer=1 --concept_k=16"
+guided = f"train.py {learner} --insert_layer=2 --concept_model=out/books-cpu/gpt --sae=out/books-cpu/sae"
 ntp, cocomix = f"{guided} --n_embd=144", f"{guided} --n_embd=128 --method=cocomix"
-tuned = f"{cocomix} --mix=interleave_residual --select=activation --concept_weight=1"  # what we measured to be best at such sizes
+tuned = f"{cocomix} --mix=interleave_residual --select=activation --concept_weight=1 --concept_lr_scale=3"  # what we measured to be best at such sizes
 weak = tuned.replace("out/books-cpu/gpt", "out/books-cpu/gpt_weak").replace("out/books-cpu/sae", "out/books-cpu/sae_weak")
 runs = {
     "NTP": ntp,
@@ -32,6 +32,9 @@ runs = {
     "Pause, residual": f"{ntp} --method=pause --mix=interleave_residual",
     "CoCoMix, λ = 1": f"{cocomix} --concept_weight=1",
     "tuned, λ = 0.1": f"{tuned} --concept_weight=0.1",
+    "tuned, rate × 1": f"{tuned} --concept_lr_scale=1",
+    "tuned, λ = 3": f"{tuned} --concept_weight=3",
+    "tuned, insertion at block 3": f"{tuned} --insert_layer=3",
     "tuned, attribution": f"{tuned} --select=attribution",
     "tuned, attribution lower": f"{tuned} --select=attribution --attribution_sign=lower",
     "tuned, attribution abs": f"{tuned} --select=attribution --attribution_sign=abs",
@@ -44,7 +47,7 @@ panels = {
     "the methods": ["NTP", "KD", "Pause", "CoCoMix", "CoCoMix, residual", "CoCoMix, tuned"],
     "more weight": ["NTP", "CoCoMix, λ = 1", "CoCoMix, tuned", "KD, weight 1", "tuned + KD, weight 1"],
     "which concepts are labels": ["NTP", "CoCoMix, tuned", "tuned, attribution", "tuned, attribution lower", "tuned, attribution abs"],
-    "what the tuned form owes to what": ["NTP", "CoCoMix, tuned", "tuned, λ = 0.1", "tuned, nothing mixed in", "tuned, weak concept model", "Pause, residual"],
+    "what the tuned form owes to what": ["NTP", "CoCoMix, tuned", "tuned, λ = 0.1", "tuned, λ = 3", "tuned, rate × 1", "tuned, nothing mixed in", "tuned, weak concept model", "Pause, residual"],
 }
 seeds = (1337, 1, 2)
 at_once = 2  # runs side by side, one thread each

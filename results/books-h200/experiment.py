@@ -12,7 +12,7 @@ before = {
 }
 every = f"{common} --concept_model=out/books-h200/gpt --sae=out/books-h200/sae --concept_layer=5 --insert_layer=3 --max_tokens=45e6 --learning_rate=1e-3"
 ntp, cocomix = "train.py config/ntp_69m.py", "train.py config/cocomix_69m.py"
-tuned = f"{cocomix} --mix=interleave_residual --select=activation --concept_weight=1"
+tuned = f"{cocomix} --mix=interleave_residual --select=activation --concept_weight=1 --concept_lr_scale=3"
 runs = {
     "NTP": ntp,
     "CoCoMix": cocomix,

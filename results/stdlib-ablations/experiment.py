@@ -8,8 +8,8 @@ before = {  # made once: the concept model, longer trained than its students, an
 }
 every = "--concept_model=out/ablations/gpt --max_iters=400 --eval_interval=50 --eval_iters=20"
 ntp = "train.py config/stdlib_ntp.py --concept_layer=1 --insert_layer=2"  # wider: as many active parameters as cocomix
-cocomix = "train.py config/stdlib_cocomix.py --sae=out/ablations/sae --mix=interleave --select=attribution --concept_weight=0.1"  # the paper's form
-tuned = f"{cocomix} --mix=interleave_residual --select=activation --concept_weight=1"  # the demo's
+cocomix = "train.py config/stdlib_cocomix.py --sae=out/ablations/sae --mix=interleave --select=attribution --concept_weight=0.1 --concept_lr_scale=1"  # the paper's form
+tuned = f"{cocomix} --mix=interleave_residual --select=activation --concept_weight=1 --concept_lr_scale=3"  # the demo's
 runs = {
     "NTP": ntp,
     "KD": f"{ntp} --method=kd",
@@ -30,11 +30,9 @@ runs = {
     "attribution, abs": f"{cocomix} --attribution_sign=abs",
     "λ = 1": f"{cocomix} --concept_weight=1",
     "tuned": tuned,
-    "tuned, λ = 3": f"{tuned} --concept_weight=3",
     "tuned, attribution": f"{tuned} --select=attribution",
     "tuned, nothing mixed in": f"{tuned} --mix=none",
     "KD, weight 1": f"{ntp} --method=kd --kd_weight=1",
-    "tuned + KD, weight 1": f"{tuned} --method=cocomix_kd --kd_weight=1",
     "hidden state, l1": f"{cocomix} --target=l1",
     "hidden state, l2": f"{cocomix} --target=l2",
     "hidden state, cos": f"{cocomix} --target=cos",
@@ -43,7 +41,7 @@ panels = {
     "the methods": ["NTP", "KD", "Pause, residual", "CoCoMix", "CoCoMix, residual"],
     "which concepts are labels (Figure 6a)": ["NTP", "CoCoMix", "labels by activation", "attribution as in eq. 1", "attribution, lower", "attribution, abs"],
     "h + ĉ inserted": ["NTP", "Pause, residual", "concept mix only, residual", "CoCoMix, residual", "labels by activation, residual"],
-    "more weight": ["NTP", "λ = 1", "tuned", "tuned, λ = 3", "tuned, attribution", "tuned, nothing mixed in", "KD, weight 1", "tuned + KD, weight 1"],
+    "more weight": ["NTP", "λ = 1", "tuned", "tuned, attribution", "tuned, nothing mixed in", "KD, weight 1"],
     "what is predicted (Figure 6b)": ["NTP", "CoCoMix", "hidden state, l1", "hidden state, l2", "hidden state, cos"],
     "prediction and mixing (Figure 6d, e)": ["NTP", "concept prediction only", "concept mix only", "CoCoMix", "adding"],
     "pause vectors (Figure 6f)": ["Pause", "Pause + KD", "Pause, residual", "Pause + KD, residual", "CoCoMix"],

@@ -45,6 +45,25 @@ def test_losses_and_gradients_equal_the_dense_formulas():
     assert losses(sae, x, torch.zeros_like(dead), 5)[1] == 0
 
 
+def test_no_dense_tensor_is_kept_for_the_backward_or_made_in_it():
+    from torch.utils._python_dispatch import TorchDispatchMode
+    N, C = 600, 512
+    sae, x = SAE(16, C, 4), torch.randn(N, 16)
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            out = f(*args, **kwargs or {})
+            sizes.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t))
+            return out
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        fvu, aux, _ = losses(sae, x, torch.arange(C) % 2 == 0, 8)
+    assert len(sizes) > 10
+    with Sizes():
+        (fvu + aux).backward()
+    assert max(sizes) < N * C / 2 and sae.encoder.grad is not None
+
+
 def test_reconstruction_puts_mean_and_scale_back():
     sae, h = make(), 3 + 5 * torch.randn(20, 12, dtype=torch.float64)
     mean, std = h.mean(-1, keepdim=True), h.std(-1, keepdim=True)

@@ -30,10 +30,10 @@ runs = {
     "Pause": f"{ntp} --method=pause",
     # each once: what the tuned form owes to what
     "Pause, residual": f"{ntp} --method=pause --mix=interleave_residual",
-    "CoCoMix, λ = 1": f"{cocomix} --concept_weight=1",
-    "tuned, λ = 0.1": f"{tuned} --concept_weight=0.1",
+    "CoCoMix, weight 1": f"{cocomix} --concept_weight=1",
+    "tuned, weight 0.1": f"{tuned} --concept_weight=0.1",
     "tuned, rate × 1": f"{tuned} --concept_lr_scale=1",
-    "tuned, λ = 3": f"{tuned} --concept_weight=3",
+    "tuned, weight 3": f"{tuned} --concept_weight=3",
     "tuned, insertion at block 3": f"{tuned} --insert_layer=3",
     "tuned, attribution": f"{tuned} --select=attribution",
     "tuned, attribution lower": f"{tuned} --select=attribution --attribution_sign=lower",
@@ -45,9 +45,9 @@ runs = {
 once = tuple(runs)[7:]
 panels = {
     "the methods": ["NTP", "KD", "Pause", "CoCoMix", "CoCoMix, residual", "CoCoMix, tuned"],
-    "more weight": ["NTP", "CoCoMix, λ = 1", "CoCoMix, tuned", "KD, weight 1", "tuned + KD, weight 1"],
+    "more weight": ["NTP", "CoCoMix, weight 1", "CoCoMix, tuned", "KD, weight 1", "tuned + KD, weight 1"],
     "which concepts are labels": ["NTP", "CoCoMix, tuned", "tuned, attribution", "tuned, attribution lower", "tuned, attribution abs"],
-    "what the tuned form owes to what": ["NTP", "CoCoMix, tuned", "tuned, λ = 0.1", "tuned, λ = 3", "tuned, rate × 1", "tuned, nothing mixed in", "tuned, weak concept model", "Pause, residual"],
+    "what the tuned form owes to what": ["NTP", "CoCoMix, tuned", "tuned, weight 0.1", "tuned, weight 3", "tuned, rate × 1", "tuned, nothing mixed in", "tuned, weak concept model", "Pause, residual"],
 }
 seeds = (1337, 1, 2)
 at_once = 2  # runs side by side, one thread each

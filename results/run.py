@@ -5,7 +5,7 @@
 
 An experiment is a file experiment.py of plain assignments: `prepare` (commands), `before` {name: command} (models made
 once), `runs` {row: command}, `once` (rows that run with the first seed alone), `every` (keys of all runs), `seeds`, `out`,
-`at_once`, `panels` {title: rows} of the picture. A run's log is copied into the experiment's folder as it is done, its
+`at_once`, `panels` {title: rows} of the picture, `orders` {claim: (row said to be better, row)}. A run's log is copied into the experiment's folder as it is done, its
 command and machine written into runs.json there; a later call goes on with what is missing or has another command now.
 In another clone `before` is made anew: its models are those of the first only where the machine and the data give the
 same bits (the logs hold a hash of the concept model).
@@ -32,7 +32,7 @@ import eval as evaluation
 from config import UserError, key
 
 
-EXPERIMENT = dict(out="", prepare=[], before={}, runs={}, once=(), every="", seeds=(1337,), at_once=1, panels={})  # what experiment.py may say
+EXPERIMENT = dict(out="", prepare=[], before={}, runs={}, once=(), every="", seeds=(1337,), at_once=1, panels={}, orders={})  # what experiment.py may say
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,22 @@ class Made:
             del self.runs[job.name]
 
 
+def orders(curves, claims):
+    """{claim: (row said to be better, row)} as a Markdown table: the difference of their losses at the end, seed by seed, and
+    whether each seed has it so."""
+    rows = ["| said | of | val loss less that of | difference | here |", "| --- | --- | --- | ---: | --- |"]
+    for claim, names in claims.items():
+        if not all(name in curves for name in names):
+            continue
+        better, other = (curves[name].at(curves[name].tokens[-1]) for name in names)
+        apart = [better[seed] - other[seed] for seed in better if seed in other]
+        verdict = "holds" if max(apart) < 0 else "does not hold" if min(apart) > 0 else "seeds disagree"
+        rows.append(f"| {claim} | {names[0]} | {names[1]} | {evaluation.spread(apart)} | {verdict + (' (one seed)' if len(apart) == 1 else '')} |")
+    return "\n".join(rows)
+
+
 def draw(folder, e):
-    """table.md and the curves of an experiment's rows that are there."""
+    """table.md, orders.md and the curves of an experiment's rows that are there."""
     logs = {}
     for row in e["runs"]:
         for seed in e["seeds"]:
@@ -106,6 +120,9 @@ def draw(folder, e):
     curves = evaluation.curves(logs)
     (folder / "table.md").write_text(evaluation.course(curves) + "\n")
     print(evaluation.course(curves))
+    if e["orders"]:
+        (folder / "orders.md").write_text(orders(curves, e["orders"]) + "\n")
+        print("\n" + orders(curves, e["orders"]))
     print(f"curves: {evaluation.plot(folder / 'curves', curves, e['panels'])}")
 
 
@@ -122,8 +139,8 @@ def main(argv):
         raise UserError(f"only={cfg.only!r}: no row begins with it; there are {' | '.join(e['runs'])}")
     if e["at_once"] < 1 or len({file_name(row) for row in e["runs"]}) < len(e["runs"]):
         raise UserError(f"{folder / 'experiment.py'}: at_once={e['at_once']} must be at least 1, and rows must differ in more than case and punctuation")
-    if unknown := [row for row in (*e["once"], *(row for rows in e["panels"].values() for row in rows)) if row not in e["runs"]]:
-        raise UserError(f"{folder / 'experiment.py'}: {unknown[0]!r} in once or panels is no row of runs")
+    if unknown := [row for row in itertools.chain(e["once"], *e["panels"].values(), *e["orders"].values()) if row not in e["runs"]]:
+        raise UserError(f"{folder / 'experiment.py'}: {unknown[0]!r} in once, panels or orders is no row of runs")
     at_once, out, made = e["at_once"], Path(e["out"]), Made(folder)
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}; {at_once} run{'s' * (at_once > 1)} at once"
     jobs = []

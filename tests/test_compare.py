@@ -69,6 +69,13 @@ def test_a_picture_without_a_suffix_is_drawn_as_png_and_svg(tmp_path):
     assert [panels.count(f"<!-- {text} -->") for text in ("training tokens", "first", "second", "empty")] == [2, 1, 1, 0]
 
 
+def test_a_claimed_order_holds_where_every_seed_has_it_so():
+    ends = {"a": (3.0, 4.0), "b": (3.5, 4.25), "c": (2.5, 4.5)}
+    curves = evaluation.curves({f"{name}-{seed}": log([9.0, end], seed=seed) for name, both in ends.items() for seed, end in zip((1, 2), both)})
+    rows = experiment.orders(curves, {"first": ("a", "b"), "second": ("b", "a"), "third": ("a", "c"), "not run": ("a", "d")}).splitlines()[2:]
+    assert [row.split(" | ")[3:] for row in rows] == [["-0.375 ± 0.125", "holds |"], ["0.375 ± 0.125", "does not hold |"], ["0.000 ± 0.500", "seeds disagree |"]]
+
+
 def test_an_experiment_draws_the_finished_runs_that_are_there(tmp_path):
     (tmp_path / "experiment.py").write_text('out = "out"\nruns = {"NTP": "train.py", "Pause + KD": "train.py --method=pause"}\nseeds = (1, 2)\n')
     lines = log([5.0, 4.0], seed=2)
@@ -105,7 +112,7 @@ def test_an_experiment_runs_what_is_missing_and_keeps_logs_table_and_curves(data
     assert all("--learning_rate=1e-3" in call for call in calls[3:]) and cut.read_bytes() == before and not (folder / "ntp-2.jsonl").exists()
     (folder / "experiment.py").write_text(edited + 'panels = {"all": ["NTP", "other"]}\n')
     status, _, err = run(experiment.main, folder)
-    assert status == 1 and "'other' in once or panels is no row" in err
+    assert status == 1 and "'other' in once, panels or orders is no row" in err
     (folder / "experiment.py").write_text(f'out = "{out}"\nruns = {{"broken": "train.py --n_head=7 --n_embd=16 --dataset={dataset}"}}\n')
     status, _, err = run(experiment.main, folder)
     assert status == 1 and "n_embd=16 is not divisible" in err

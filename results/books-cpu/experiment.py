@@ -49,5 +49,22 @@ panels = {
     "which concepts are labels": ["NTP", "CoCoMix, tuned", "tuned, attribution", "tuned, attribution lower", "tuned, attribution abs"],
     "what the tuned form owes to what": ["NTP", "CoCoMix, tuned", "tuned, weight 0.1", "tuned, weight 3", "tuned, rate × 1", "tuned, nothing mixed in", "tuned, weak concept model", "Pause, residual"],
 }
+orders = {
+    "CoCoMix under NTP": ("CoCoMix", "NTP"),
+    "CoCoMix under KD": ("CoCoMix", "KD"),
+    "CoCoMix under pause vectors": ("CoCoMix", "Pause"),
+    "h + ĉ: under NTP": ("CoCoMix, residual", "NTP"),
+    "h + ĉ: under the extra positions alone": ("CoCoMix, residual", "Pause, residual"),
+    "weight 1: under NTP": ("CoCoMix, weight 1", "NTP"),
+    "tuned: under NTP": ("CoCoMix, tuned", "NTP"),
+    "tuned: under KD": ("CoCoMix, tuned", "KD"),
+    "tuned: under KD of weight 1": ("CoCoMix, tuned", "KD, weight 1"),
+    "tuned: attribution under activation": ("tuned, attribution", "CoCoMix, tuned"),
+    "tuned: raising attribution under lowering": ("tuned, attribution", "tuned, attribution lower"),
+    "tuned: a strong concept model under a weak one": ("CoCoMix, tuned", "tuned, weak concept model"),
+    "tuned: a weak concept model under NTP": ("tuned, weak concept model", "NTP"),
+    "tuned: mixing under none": ("CoCoMix, tuned", "tuned, nothing mixed in"),
+    "tuned: with KD of weight 1 under KD of weight 1": ("tuned + KD, weight 1", "KD, weight 1"),
+}
 seeds = (1337, 1, 2)
 at_once = 2  # runs side by side, one thread each

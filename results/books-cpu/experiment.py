@@ -1,8 +1,9 @@
 # Books on two CPU cores: python results/run.py results/books-cpu (make books). A BPE of 4096 trained on them; one concept model
 # and its SAE; then all methods on the same tokens in the same order, as many active parameters, three seeds for the methods.
 import os
+import shlex
 
-books = os.environ.get("BOOKS", "../shared/corpus")  # a folder with books-train.jsonl.xz and books-val.jsonl.xz
+books = shlex.quote(os.environ.get("BOOKS", "../shared/corpus"))  # a folder with books-train.jsonl.xz and books-val.jsonl.xz
 out = "out/books-cpu"
 prepare = [f"data/text/prepare.py --input {books}/books-train.jsonl.xz --val {books}/books-val.jsonl.xz --tokenizer=bpe:4096 --out=data/books4096"]
 shape = "--dataset=data/books4096 --n_layer=4 --n_head=2 --block_size=256 --embedding_std=0.08 --batch_size=8"

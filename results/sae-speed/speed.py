@@ -112,7 +112,7 @@ def main(path):
     lines = [f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}", "",
              "| width → latents, k | trainer | tokens/s | its time ÷ ours | FVU | tokens |", "| --- | --- | ---: | ---: | ---: | ---: |"]
     small = sae.Config(n_concepts=2048, k=16, k_aux=64, max_tokens=500_000, batch_size=1024, learning_rate=2e-3)
-    large = sae.Config(n_concepts=32768, k=32, k_aux=256, max_tokens=120_000, batch_size=2048, learning_rate=1e-3)
+    large = sae.Config(n_concepts=32768, k=32, k_aux=256, max_tokens=60_000, batch_size=2048, learning_rate=1e-3)
     lines += measure("160 → 2 048, 16: the demo's", of_a_model(path, small), small)
     lines += measure("768 → 32 768, 32: made-up states", made_up(768, large), large)
     (HERE / "table.md").write_text("\n".join(lines) + "\n")

@@ -419,7 +419,7 @@ class Curve(NamedTuple):
     tokens: list[int]
     seeds: list[int]
     losses: list[list[float]]  # of each seed, at each of tokens
-    seconds: list[float]       # mean over the seeds
+    seconds: list[float]       # of training, at each seed's median tokens/s (other work and pauses leave it alone), mean over the seeds
     flops_per_token: float     # with those that make the labels, wherever they were made
 
     @property
@@ -453,8 +453,9 @@ def curves(logs):
         if not shared:
             raise UserError(f"{name}: no evaluation after the start is in its log" + ("s" if len(group) > 1 else "") + "; train on, or with a smaller --eval_interval")
         start = group[0][0]
+        speeds = [statistics.median([line["tokens_per_s"] for line in log if "tokens_per_s" in line] or [max(at) / at[max(at)]["seconds"]]) for log, at in zip(group, points)]
         found[name] = Curve(shared, [log[0].get("seed") for log in group], [[at[t]["val_loss"] for t in shared] for at in points],
-                            [statistics.fmean(at[t]["seconds"] for at in points) for t in shared],
+                            [statistics.fmean(t / speed for speed in speeds) for t in shared],
                             (start.get("flops_per_token") or 0) + (start.get("concept_flops_per_token") or 0))
     return found
 

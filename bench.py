@@ -15,6 +15,7 @@ gradients for all the concept model's weights. --parts times the pieces of each 
 GPU hours stand in its table where results/bench-h200.jsonl (written with --write) has a config's tokens/s.
 """
 import json
+import math
 import platform
 import resource
 import statistics
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 
 import data
 import train
-from concepts import ConceptModel, Guidance, load_concept_model, uses_bf16
+from concepts import ConceptModel, Guidance, check_tokenizer, load_concept_model, uses_bf16
 from config import UserError, key
 from model import GPT, ModelConfig, linear_cross_entropy, linear_topk, pick_device, sparse_decode
 from sae import SAE, hidden_states, normalize
@@ -58,7 +59,9 @@ def concept_model_of(cfg, device):
     if target in ("none", "pause") and not method.taught:
         return None
     if cfg.concept_model != "gpt2":
-        return load_concept_model(cfg, torch.device("cpu") if device.type == "meta" else device, target, method.taught, train.compiles(cfg, device))[0]
+        concept_model, tokenizer = load_concept_model(cfg, torch.device("cpu") if device.type == "meta" else device, target, method.taught, train.compiles(cfg, device))
+        check_tokenizer(cfg, data.load_meta(cfg.dataset), tokenizer, concept_model.gpt)
+        return concept_model
     with device:
         gpt = GPT(ModelConfig(vocab_size=50257)).eval().requires_grad_(False)
         sae = SAE(gpt.config.n_embd, 32768, 32).eval().requires_grad_(False) if target == "concept" else None
@@ -71,6 +74,8 @@ def make_models(cfg, device):
     try:
         vocab_size = data.load_meta(cfg.dataset)["vocab_size"]
     except UserError:
+        if cfg.dataset not in ("openwebtext", "openwebmath"):  # those need not be fetched for a benchmark
+            raise
         vocab_size = 50257
     concept_model = concept_model_of(cfg, device)
     n_concepts = hidden_size = 0
@@ -81,14 +86,21 @@ def make_models(cfg, device):
         return GPT(train.model_config(cfg, vocab_size, n_concepts, hidden_size)), concept_model
 
 
+def asked(cfg, concept_model):
+    """The part of a run's concept model that its steps ask: all, its next-token distribution alone, or none."""
+    if concept_model is None or concept_model.target != "none" and cfg.labels == "fly" and cfg.concept_weight > 0:
+        return concept_model
+    return concept_model.without_concepts() if concept_model.teaches else None
+
+
 def count(name, cfg):
     """A row of --count: parameters, FLOPs a training token, tokens, and hours on one H200 where its tokens/s are known."""
     model, concept_model = make_models(cfg, torch.device("meta"))
-    asked = concept_model is not None and (concept_model.teaches or cfg.concept_weight > 0)
+    concept_model = asked(cfg, concept_model)
     tokens = cfg.max_tokens or cfg.max_iters * cfg.batch_size * cfg.block_size
     speeds = {line["row"]: line["tokens_per_s"] for line in config.read_log(MEASURED)} if MEASURED.is_file() else {}
     return dict(row=name, shape=f"{cfg.n_layer} × {cfg.n_embd}", active_params=model.num_params(active=True) / 1e6, params=model.num_params() / 1e6,
-                flops=model.flops_per_token() / 1e6, concept_flops=concept_model.flops_per_token(cfg.block_size) / 1e6 if asked else None,
+                flops=model.flops_per_token() / 1e6, concept_flops=concept_model.flops_per_token(cfg.block_size) / 1e6 if concept_model else None,
                 tokens=tokens / 1e9, hours=f"{tokens / speeds[name] / 3600:,.0f}" if name in speeds else "not measured")
 
 
@@ -103,10 +115,9 @@ class Row:
         self.model.checkpoint_blocks = cfg.checkpoint_blocks
         self.micro = train.micro_batch(cfg, cfg.batch_size, self.model, self.concept_model, device)
         self.x, self.y = torch.randint(vocab_size, (2, cfg.batch_size, cfg.block_size), device=device)
-        self.labels = torch.randint(max(1, n_concepts), (cfg.batch_size, cfg.block_size, cfg.attr_k), device=device) if kind == "labels from disk" else None
-        self.concept_flops = 0 if self.concept_model is None or self.labels is not None else self.concept_model.flops_per_token(cfg.block_size)
-        if self.labels is not None:
-            self.concept_model = None
+        self.labels = torch.randint(n_concepts, (cfg.batch_size, cfg.block_size, cfg.attr_k), device=device) if n_concepts and cfg.labels == "disk" else None
+        self.concept_model = asked(cfg, self.concept_model)
+        self.concept_flops = self.concept_model.flops_per_token(cfg.block_size) if self.concept_model else 0
         self.autocast = torch.autocast(device.type, dtype=torch.bfloat16) if uses_bf16(cfg.dtype, device) and kind != "official" else nullcontext()
         self.compiled = train.compile_model(self.model) if kind != "official" and train.compiles(cfg, device) else self.model
         if kind == "official":
@@ -124,9 +135,8 @@ class Row:
 
     def guide(self, rows):
         """What is known of some rows of the batch: asked of the concept model, or from disk."""
-        if self.labels is not None:
-            return Guidance(self.labels[rows])
-        return Guidance() if self.concept_model is None else self.concept_model.guide(self.x[rows], self.y[rows])
+        guidance = Guidance() if self.concept_model is None else self.concept_model.guide(self.x[rows], self.y[rows])
+        return guidance if self.labels is None else guidance._replace(labels=self.labels[rows])
 
     def losses(self, rows):
         """The sum that is minimised, of some rows of the batch."""
@@ -144,7 +154,7 @@ class Row:
         """One optimizer step, as in train.py."""
         for rows in self.micro_batches:
             (self.losses(rows) * (len(self.x[rows]) / len(self.x))).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -227,11 +237,11 @@ def parts(row):
                 if cm.select == "attribution":
                     grad, _ = cm.loss_gradient(h, y)
                     found["concept backward"] = timed(lambda: cm.loss_gradient(h, y), device)
-                    found["attribution"] = timed(lambda: cm._signed(cm.attributions(active, grad).values).topk(cm.attr_k), device)
+                    found["attribution"] = timed(lambda: cm._choose(normal, active, grad), device)
             if cm.teaches and "concept backward" not in found:
                 with torch.no_grad():
                     found["concept forward"] += timed(lambda: cm._upper(h), device)
-    guidance = cm.guide(x, y) if cm is not None else Guidance(None if row.labels is None else row.labels[:row.micro])
+    guidance = row.guide(slice(0, row.micro))
     if c.insert == "none":
         found["blocks"] = timed(backward(lambda e: model.blocks(e, 0, c.n_layer)[0], model.embed(x)), device)
         end = model.embed(x)
@@ -259,7 +269,7 @@ def parts(row):
     row.losses(slice(0, row.micro)).backward()
 
     def update():
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         row.optimizer.step()
     found["optimizer"] = timed(update, device)
     row.optimizer.zero_grad(set_to_none=True)
@@ -332,12 +342,14 @@ def main(argv):
         wanted.append((name, cfg, ""))
         if train.inserted(cfg) == "concept":
             if cfg.disk:
-                wanted.append((name, cfg, "labels from disk"))
-            if cfg.official:
+                wanted.append((name, config.replace(cfg, labels="disk"), "labels from disk"))
+            if cfg.official and not train.METHODS[cfg.method].taught:
                 wanted.append((name, config.replace(cfg, mix="interleave", select="attribution"), "official"))
     if cfg.count:
         print(table([count(name, cfg) for name, cfg, kind in wanted if not kind], COUNTED))
         return
+    if cfg.write and Path(cfg.write).is_dir():
+        raise UserError(f"{cfg.write} is a folder; name a file in it")
     device = pick_device(cfg.device)
     if cfg.only_memory is not None:
         if cfg.only_memory >= len(wanted):

@@ -231,16 +231,21 @@ def open_labels(concept_model, keys):
     """Labels that write_labels wrote, memory-mapped: (blocks, block_size, attr_k). UserError: none there, cut short, or
     those of another concept model, SAE or dataset."""
     header = labels_header(concept_model, keys, data.load_tokens(keys.dataset, "train"))
-    path, remedy = labels_path(keys.dataset, header), "write them: python concepts.py CONFIG --write_labels (with the keys of this run)"
+    path = labels_path(keys.dataset, header)
     if not path.is_file():
-        raise UserError(f"no labels at {path}; {remedy}")
+        raise UserError(f"no labels at {path}; write them: python concepts.py CONFIG --write_labels (with this run's keys on concepts and data)")
+    check_labels(path, header)
+    return data.mapped(path, header["dtype"], HEADER).reshape(header["shape"])
+
+
+def check_labels(path, header):
+    """UserError unless the file there holds labels with this header, whole."""
     found, size = read_header(path), HEADER + math.prod(header["shape"]) * np.dtype(header["dtype"]).itemsize
     if found is None or path.stat().st_size != size and found == header:
-        raise UserError(f"{path} is damaged or cut short; remove it and {remedy}")
+        raise UserError(f"{path} is damaged or cut short; remove it and write it again: python concepts.py CONFIG --write_labels")
     if found != header:
         other = ", ".join(name for name in header if found.get(name) != header[name])
-        raise UserError(f"{path} holds the labels of another {other}; remove it and {remedy}")
-    return data.mapped(path, header["dtype"], HEADER).reshape(header["shape"])
+        raise UserError(f"{path} holds the labels of another {other}; remove it and write it again: python concepts.py CONFIG --write_labels")
 
 
 def write_labels(concept_model, keys, vocab_size, device):
@@ -248,7 +253,8 @@ def write_labels(concept_model, keys, vocab_size, device):
     tokens = data.load_tokens(keys.dataset, "train")
     header = labels_header(concept_model, keys, tokens)
     path = labels_path(keys.dataset, header)
-    if path.is_file() and read_header(path) == header:
+    if path.is_file():
+        check_labels(path, header)
         return path
     (blocks, block_size, _), part, row = header["shape"], path.with_suffix(".part"), math.prod(header["shape"][1:]) * np.dtype(header["dtype"]).itemsize
     try:

@@ -408,17 +408,18 @@ def log_of(run):
 
 
 def named(paths):
-    """[(a short name, path)]: the run's folder, or the log's own name; whole paths where two would be alike."""
-    names = [path.parent.name if path.name in ("ckpt.pt", "log.jsonl") else path.stem for path in paths]
-    return list(zip(names if len(set(names)) == len(names) else map(str, paths), paths))
+    """[(a short name, path)]: of the run's folder, or the log's own; with the folders above it where two would be alike."""
+    runs = [path.parent if path.name in ("ckpt.pt", "log.jsonl") else path.with_suffix("") for path in paths]
+    names = [run.name for run in runs]
+    return list(zip(names if len(set(names)) == len(names) else map(str, runs), paths))
 
 
 class Curve(NamedTuple):
-    """The course of one method's training: means over its seeds at the evaluations that all of them share."""
+    """The course of one method's training, at the evaluations that all of its seeds share."""
     tokens: list[int]
     seeds: list[int]
     losses: list[list[float]]  # of each seed, at each of tokens
-    seconds: list[float]
+    seconds: list[float]       # of training, at each seed's median tokens/s (other work and pauses leave it alone), mean over the seeds
     flops_per_token: float     # with those that make the labels, wherever they were made
 
     @property
@@ -431,10 +432,12 @@ class Curve(NamedTuple):
         return {seed: losses[self.tokens.index(tokens)] for seed, losses in zip(self.seeds, self.losses)}
 
 
-def spread(values):
+def spread(values, form=".3f"):
     """Numbers as text: their mean, with half the distance between the least and the largest where there are several."""
     values = list(values)
-    return f"{statistics.fmean(values):.3f}" + (f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else "")
+    mean = f"{statistics.fmean(values):{form}}"
+    mean = mean.removeprefix("-") if not mean.strip("-0.%") else mean  # no -0.000
+    return mean + (f" ± {(max(values) - min(values)) / 2:{form}}" if len(values) > 1 else "")
 
 
 def curves(logs):
@@ -445,50 +448,61 @@ def curves(logs):
         groups.setdefault(name.removesuffix(f"-{seed}"), []).append(log)
     found = {}
     for name, group in groups.items():
-        points = [{line["tokens"]: line for line in log if "val_loss" in line and line.get("tokens")} for log in group]
+        points = [{line["tokens"]: line for line in log if line.get("tokens") and {"val_loss", "seconds"} <= line.keys()} for log in group]
         shared = sorted(set.intersection(*map(set, points)))
         if not shared:
             raise UserError(f"{name}: no evaluation after the start is in its log" + ("s" if len(group) > 1 else "") + "; train on, or with a smaller --eval_interval")
         start = group[0][0]
+        speeds = [statistics.median([line["tokens_per_s"] for line in log if "tokens_per_s" in line] or [max(at) / at[max(at)]["seconds"]]) for log, at in zip(group, points)]
         found[name] = Curve(shared, [log[0].get("seed") for log in group], [[at[t]["val_loss"] for t in shared] for at in points],
-                            [statistics.fmean(at[t]["seconds"] for at in points) for t in shared],
+                            [statistics.fmean(t / speed for speed in speeds) for t in shared],
                             (start.get("flops_per_token") or 0) + (start.get("concept_flops_per_token") or 0))
     return found
 
 
-def tokens_to_reach(curve, loss):
-    """Tokens after which a curve is first at or below `loss`, linear between its evaluations; None if it never is."""
+def tokens_to_reach(tokens, losses, goal):
+    """Tokens after which a course is first at or below the loss `goal`, linear between its evaluations; None if it never is."""
     before = None
-    for tokens, value in zip(curve.tokens, curve.loss):
-        if value <= loss:
-            return tokens if before is None else before[0] + (tokens - before[0]) * (before[1] - loss) / (before[1] - value)
-        before = tokens, value
+    for at, value in zip(tokens, losses):
+        if value <= goal:
+            return at if before is None else before[0] + (at - before[0]) * (before[1] - goal) / (before[1] - value)
+        before = at, value
     return None
+
+
+def shared_tokens(runs):
+    """After how many tokens all of {name: Curve} were evaluated, in order. UserError: never."""
+    shared = sorted(set.intersection(*(set(run.tokens) for run in runs.values())))
+    if not shared:
+        raise UserError("these runs share no evaluation: compare runs of one eval_interval and batch size")
+    return shared
 
 
 def course(runs, columns=4):
     """{name: Curve} as a Markdown table: val loss at up to `columns` evaluations that all share; what the last is over the first
-    run's, seed by seed (seeds share batches and what they start from, so this varies less than the losses do); what it takes to
-    come to the first run's last loss, in tokens and in FLOPs, as shares of the first run's; FLOPs and seconds of the whole run.
-    ±: half the distance between the best and the worst seed."""
-    shared = sorted(set.intersection(*(set(run.tokens) for run in runs.values())))
-    if not shared:
-        raise UserError("these runs share no evaluation: compare runs of one eval_interval and batch size")
+    run's; what it takes to come to the first run's last loss, in tokens and in FLOPs, as shares of the first run's; FLOPs and
+    seconds of the whole run. What is set against the first run is so seed by seed (seeds share batches and what they start
+    from, so this varies less than the losses do). ±: half the distance between the least and the largest over the seeds."""
+    shared = shared_tokens(runs)
     n = min(columns, len(shared))
     shown = [shared[round((i + 1) * len(shared) / n) - 1] for i in range(n)]
     first = next(iter(runs.values()))
-    end, start = shared[-1], first.at(shared[-1])
-    goal = statistics.fmean(start.values())
+    end, goals = shared[-1], first.at(shared[-1])
     rows = [["run", "seeds", *(f"loss at {tokens / 1e6:.2f}M" for tokens in shown), "over the first", "tokens needed", "FLOPs needed", "FLOPs", "seconds"]]
     rows.append(["---"] + ["---:"] * (len(rows[0]) - 1))
     for name, run in runs.items():
-        cells = [spread(run.at(t).values()) for t in shown]
-        paired = [loss - start[seed] for seed, loss in run.at(end).items() if seed in start]
-        cells.append("–" if run is first or not paired else spread(paired))
-        needed, known = tokens_to_reach(run, goal), run.flops_per_token and first.flops_per_token
-        share = lambda tokens, by=1.0: "not reached" if needed is None else f"{tokens * by / end:.1%}"
-        rows.append([name, str(len(run.losses)), *cells, share(needed), share(needed, run.flops_per_token / first.flops_per_token) if known else "–",
-                     f"{run.flops_per_token * run.tokens[-1]:.2e}" if known else "–", f"{run.seconds[-1]:.0f}"])
+        pairs = [(goals[seed], losses) for seed, losses in zip(run.seeds, run.losses) if seed in goals]
+        over = tokens = flops = "–"
+        if run is not first and pairs:
+            over = spread(losses[run.tokens.index(end)] - goal for goal, losses in pairs)
+            needed = [tokens_to_reach(run.tokens, losses, goal) for goal, losses in pairs]
+            tokens = flops = "not reached"
+            if None not in needed:
+                tokens, flops = spread((n / end for n in needed), ".1%"), "–"
+                if run.flops_per_token and first.flops_per_token:
+                    flops = spread((n / end * run.flops_per_token / first.flops_per_token for n in needed), ".1%")
+        rows.append([name, str(len(run.losses)), *(spread(run.at(t).values()) for t in shown), over, tokens, flops,
+                     f"{run.flops_per_token * run.tokens[-1]:.2e}" if run.flops_per_token else "–", f"{run.seconds[-1]:.0f}"])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -497,7 +511,7 @@ def plot(path, runs, panels=None):
     the steep first fifth of the tokens may be above the picture. panels {title: names}: a row of them for each, instead of all in
     one. A path without a suffix gives a .png and an .svg; returns the paths."""
     plt = config.pyplot()
-    panels = {title: some for title, names in (panels or {"": runs}).items() if (some := [name for name in names if name in runs])}
+    panels = {title: some for title, names in (panels or {}).items() if (some := [name for name in names if name in runs])} or {"": list(runs)}
     figure, rows = plt.subplots(len(panels), 3, figsize=(13, 4 * len(panels)), sharey="row", squeeze=False, layout="constrained")
     for (title, names), axes in zip(panels.items(), rows):
         late = []
@@ -530,22 +544,22 @@ def save_pictures(figure, path):
     return " ".join(map(str, paths))
 
 
-def panels(path, evaluations):
+def plot_tasks(path, evaluations):
     """The paper's measures against training tokens, a line a run, from {name: lines of its eval.jsonl}, beside path: NAME-averages as
     Figure 2 has them, NAME-tasks as Figures 7 to 9. Of several evaluations of a checkpoint the last of the fullest stands. Returns the paths."""
-    plt, path, courses = config.pyplot(), Path(path), {}
+    plt, path, found = config.pyplot(), Path(path), {}
     for name, lines in evaluations.items():
         at = {}
-        for line in sorted(lines, key=lambda line: (line["limit"] or math.inf, line.get("val_tokens", 0))):
+        for line in sorted(lines, key=lambda line: (line.get("limit") or math.inf, line.get("val_tokens", 0))):
             at.setdefault(line["tokens"], {}).update(line)
-        courses[name] = sorted(at.items())
+        found[name] = sorted(at.items())
     titles = {**MEASURES, "task_perplexity": "mean ppl (LAMBADA, WikiText)", "average_accuracy": "mean accuracy (5 tasks)"}
     written = []
     for which, measures, (rows, columns) in (("averages", ("perplexity", "task_perplexity", "average_accuracy"), (1, 3)), ("tasks", MEASURES, (2, 4))):
         figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 3 * rows), layout="constrained")
         for axis, measure in zip(axes.flat, measures):
-            for name, course in courses.items():
-                points = [(tokens, line[measure]) for tokens, line in course if measure in line]
+            for name, lines in found.items():
+                points = [(tokens, line[measure]) for tokens, line in lines if measure in line]
                 axis.plot([tokens for tokens, _ in points], [value for _, value in points], marker="o", markersize=3, label=name)
             axis.set_title(titles[measure], fontsize=10)
             axis.grid(alpha=0.3)
@@ -778,7 +792,7 @@ def main(argv):
         print(f"curves: {plot(picture, curves(logs))}")
         evaluations = {name: config.read_log(path.with_name("eval.jsonl")) for name, path in paths.items() if path.name == "log.jsonl" and path.with_name("eval.jsonl").is_file()}
         if any("/" in measure for lines in evaluations.values() for line in lines for measure in line):
-            print(f"tasks: {panels(picture, evaluations)}")
+            print(f"tasks: {plot_tasks(picture, evaluations)}")
         return
     rows, logs = evaluate_all(cfg, runs, device)
     if any("loss" in row for row in rows):

@@ -103,7 +103,7 @@ def topk(z, k):
     """
     C = z.shape[-1]
     G = 1 << round(math.log2(C * k) / 2)  # groups: about sqrt(C · k) makes both stages cheap
-    if C < 8192 or C % G or not k <= G <= C // 2:
+    if C < 2048 or C % G or not k <= G <= C // 2:
         return TopK(*z.topk(k))
     groups = z.unflatten(-1, (C // G, G)).amax(-2).topk(k, sorted=False).indices                                 # (..., k)
     among = (groups[..., None, :] + torch.arange(0, C, G, device=z.device)[:, None]).flatten(-2)                 # (..., k · C/G)
@@ -171,8 +171,8 @@ class _LinearTopK(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             for i in range(0, N, rows):
                 chunk = slice(i, min(i + rows, N))
-                z = (x[chunk] @ weight.T).to(loss.dtype)
-                if bias is not None:
+                z = F.linear(x[chunk], weight, bias if x.dtype == loss.dtype else None).to(loss.dtype)
+                if bias is not None and x.dtype != loss.dtype:
                     z += bias
                 if k:
                     values[chunk], indices[chunk] = topk(z, k)
@@ -181,7 +181,7 @@ class _LinearTopK(torch.autograd.Function):
                 if n_valid < C:
                     z[:, n_valid:] = -torch.inf
                 y = labels[chunk]
-                largest, at_labels = z.amax(-1, keepdim=True), z.gather(-1, y)
+                largest, at_labels = values[chunk, :1] if k else z.amax(-1, keepdim=True), z.gather(-1, y)
                 if teacher_x is not None:  # KL(p ‖ softmax(z)) = logsumexp(z) - Σ p z - H(p)
                     log_p = (teacher_x[chunk] @ teacher_weight[:n_valid].T).to(loss.dtype).log_softmax(-1)
                     p = log_p.exp()
@@ -335,6 +335,15 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
+def normalize(h):
+    """((h − μ) / (σ + 1e-5), μ, σ): a LayerNorm without gain that keeps what it removed. h (…, d); μ and σ, the mean and the
+    unbiased standard deviation over features, (…, 1)."""
+    mean = h.mean(-1, keepdim=True)
+    centred = h - mean
+    std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(h.shape[-1] - 1)  # h.std, in fewer passes
+    return centred / (std + 1e-5), mean, std
+
+
 class Wrapped(nn.Module):
     """Predict something from a hidden state h and make one vector ĉ of the prediction. With μ, σ the mean and unbiased
     standard deviation of h over its features and b one learned vector, both forms read x and write y as
@@ -349,8 +358,8 @@ class Wrapped(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_embd))  # b
 
     def normalize(self, h):
-        mean, std = h.mean(-1, keepdim=True), h.std(-1, keepdim=True)
-        return (h - mean) / (std + 1e-5) - self.bias, mean, std
+        x, mean, std = normalize(h)
+        return x - self.bias, mean, std
 
 
 class Concepts(Wrapped):

@@ -30,16 +30,10 @@ import torch.nn.functional as F
 
 import data
 from config import UserError, key
-from model import (TopK, linear_cross_entropy, linear_topk, load_checkpoint, load_gpt, load_optimizer, pick_device, read_tensors, save_checkpoint, sparse_decode)
+from model import (TopK, linear_cross_entropy, linear_topk, load_checkpoint, load_gpt, load_optimizer, normalize, pick_device, read_tensors, save_checkpoint, sparse_decode)
 
 PUBLISHED = "https://openaipublic.blob.core.windows.net/sparse-autoencoder/gpt2-small/resid_post_mlp_v5_{size}/autoencoders/{layer}.pt"
 SIZES = {"openai": ("32k", 32768), "openai_128k": ("128k", 131072)}  # as its address says it, n_concepts; for GPT-2 124M, 12 layers of width 768
-
-
-def normalize(h):
-    """(h − μ) / (σ + 1e-5), μ, σ: a LayerNorm without gain that keeps what it removed. h (…, d); μ, σ (…, 1)."""
-    mean, std = h.mean(-1, keepdim=True), h.std(-1, keepdim=True)
-    return (h - mean) / (std + 1e-5), mean, std
 
 
 class SAE(nn.Module):

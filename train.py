@@ -44,7 +44,7 @@ class Config(LabelKeys):  # the keys that choose data and labels stand in concep
     insert_layer: int = key(5, "concepts are predicted and mixed in at the input of this block", low=0)
     concept_k: int = key(32, "predicted concepts kept by TopK", low=1)
     concept_weight: float = key(0.1, "weight of the concept loss", low=0)
-    concept_lr_scale: float = key(1.0, "learning rate of what predicts, compresses or is inserted, over that of the rest", low=0)
+    concept_lr_scale: float = key(1.0, "factor on the learning rate of the inserted module: concept head, compress matrix, pause vector", low=0)
     mix: Literal["interleave", "interleave_residual", "add", "none"] = key("interleave", "what joins the hidden states h: ĉ or h + ĉ after each, ĉ added, nothing")
     target: Literal["concept", "l1", "l2", "cos"] = key("concept", "what is predicted: concepts, or the concept model's hidden state itself, by this distance")
     kd_weight: float = key(0.1, "KD: weight of KL(concept model ‖ model)", low=0)
@@ -420,7 +420,7 @@ def main(argv):
                         means[name] = means.get(name, 0) + value * share
             norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf))
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(cfg, step) * group["lr_scale"]
+                group["lr"] = learning_rate(cfg, step) * group.get("lr_scale", 1.0)  # a checkpoint of older code has none
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1

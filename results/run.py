@@ -5,10 +5,12 @@
 
 An experiment is a file experiment.py of plain assignments: `prepare` (commands), `before` {name: command} (models made
 once), `runs` {row: command}, `once` (rows that run with the first seed alone), `every` (keys of all runs), `seeds`, `out`,
-`at_once`, `panels` {title: rows} of the picture. A run's log is copied into the experiment's folder as it is done, its
-command and machine written into runs.json there; a later call goes on with what is missing or has another command now.
-In another clone `before` is made anew: its models are those of the first only where the machine and the data give the
-same bits (the logs hold a hash of the concept model).
+`at_once`, `panels` {title: rows} of the picture, `orders` {claim: (row said to be better, row)}.
+
+A run's log is copied into the experiment's folder as it is done, its command and machine written into the first line. A
+later call goes on with what is missing there, or was made by another command than experiment.py has now. In another
+clone `before` is made anew: its models are those of the first only where the machine and the data give the same bits (a
+log's first line has a hash of the concept model).
 """
 import itertools
 import json
@@ -19,7 +21,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,12 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import config
+import data
 import eval as evaluation
 from config import UserError, key
 
 
-EXPERIMENT = dict(out="", prepare=[], before={}, runs={}, once=(), every="", seeds=(1337,), at_once=1, panels={})  # what experiment.py may say
+EXPERIMENT = dict(out="", prepare=[], before={}, runs={}, once=(), every="", seeds=(1337,), at_once=1, panels={}, orders={})  # what experiment.py may say
 
 
 @dataclass(frozen=True)
@@ -58,98 +60,128 @@ def file_name(row):
     return re.sub(r"\W+", "_", row.lower()).strip("_")
 
 
-def finished(path):
-    """Is the log at path that of a whole run, up to its last evaluation?"""
-    if not path.is_file():
-        return False
-    log = config.read_log(path)
-    return bool(log) and log[0].get("max_iters") == log[-1].get("step") and "val_loss" in log[-1]
-
-
 class Job(NamedTuple):
     """One run of an experiment."""
     row: str
-    name: str     # of its log and its folder
+    seed: int
     command: str
+    before: str  # a hash of the commands that made the models it uses
+
+    @property
+    def name(self):
+        """Of its log and its folder."""
+        return f"{file_name(self.row)}-{self.seed}"
+
+    def log(self, folder):
+        """The lines of its log in the experiment's folder, up to the last evaluation; None if it isn't there whole, or was made
+        otherwise (one without a command is taken at its word)."""
+        path = folder / f"{self.name}.jsonl"
+        log = config.read_log(path) if path.is_file() else []
+        whole = log and log[0].get("max_iters") == log[-1].get("step") and "val_loss" in log[-1]
+        return log if whole and (log[0].get("command", self.command), log[0].get("before", self.before)) == (self.command, self.before) else None
 
 
-class Made:
-    """runs.json of an experiment's folder: {name of a log: the command that made it, and the machine}."""
-    def __init__(self, folder):
-        self.path, self.lock = folder / "runs.json", threading.Lock()
-        self.runs = json.loads(self.path.read_text()) if self.path.is_file() else {}
-
-    def by(self, job):
-        """Was the job's log made by its command, as far as is known?"""
-        return job.name not in self.runs or self.runs[job.name]["command"] == job.command
-
-    def note(self, job, machine):
-        with self.lock:
-            self.runs[job.name] = dict(command=job.command, machine=machine)
-            self.path.write_text(json.dumps(dict(sorted(self.runs.items())), indent=1) + "\n")
-
-    def forget(self, job):
-        with self.lock:
-            del self.runs[job.name]
+def jobs_of(e):
+    """The Jobs of an experiment, those that run once last."""
+    before, jobs = data.fingerprint(*(f"{name} {command}".encode() for name, command in e["before"].items())), []
+    for seed, row in itertools.product(e["seeds"], e["runs"]):
+        if row not in e["once"] or seed == e["seeds"][0]:
+            job = Job(row, seed, "", before)
+            jobs.append(job._replace(command=" ".join(f"{e['runs'][row]} {e['every']} --seed={seed} --out_dir={Path(e['out']) / job.name}".split())))
+    return sorted(jobs, key=lambda job: job.row in e["once"])
 
 
-def draw(folder, e):
-    """table.md and the curves of an experiment's rows that are there."""
-    logs = {}
-    for row in e["runs"]:
-        for seed in e["seeds"]:
-            path = folder / f"{file_name(row)}-{seed}.jsonl"
-            if finished(path):
-                logs[f"{row}-{seed}"] = config.read_log(path)
+def start_over_if_edited(folder, command):
+    """Remove a run's folder if another command began it; note this one beside it."""
+    note = folder.with_name(folder.name + ".command")
+    if note.is_file() and note.read_text() != command:
+        shutil.rmtree(folder, ignore_errors=True)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(command)
+
+
+def orders(curves, claims):
+    """{claim: (row said to be better, row)} as a Markdown table: the difference of their losses at the last evaluation that all
+    rows share, seed by seed, and whether each seed has it so."""
+    end, rows = evaluation.shared_tokens(curves)[-1], ["| said | of | val loss less that of | difference | here |", "| --- | --- | --- | ---: | --- |"]
+    for claim, names in claims.items():
+        better, other = (curves[name].at(end) if name in curves else {} for name in names)
+        apart = [better[seed] - other[seed] for seed in better if seed in other]
+        if apart:
+            verdict = "holds" if max(apart) < 0 else "does not hold" if min(apart) > 0 else "seeds disagree"
+            rows.append(f"| {claim} | {names[0]} | {names[1]} | {evaluation.spread(apart)} | {verdict + (' (one seed)' if len(apart) == 1 else '')} |")
+    return "\n".join(rows)
+
+
+def draw(folder, e, jobs):
+    """table.md, orders.md and the curves of the jobs whose logs are there."""
+    rows = list(e["runs"])
+    logs = {f"{job.row}-{job.seed}": log for job in sorted(jobs, key=lambda job: rows.index(job.row)) if (log := job.log(folder))}
     if not logs:
         raise UserError(f"{folder}: no run of it is finished yet")
     curves = evaluation.curves(logs)
     (folder / "table.md").write_text(evaluation.course(curves) + "\n")
     print(evaluation.course(curves))
+    if e["orders"]:
+        (folder / "orders.md").write_text(orders(curves, e["orders"]) + "\n")
+        print("\n" + orders(curves, e["orders"]))
     print(f"curves: {evaluation.plot(folder / 'curves', curves, e['panels'])}")
 
 
+def read_experiment(path):
+    """experiment.py as a dict of all of EXPERIMENT. UserError: something in it is not as it should be."""
+    e = EXPERIMENT | config.read_config_file(path)
+
+    def check(ok, message):
+        if not ok:
+            raise UserError(f"{path}: {message}")
+    for name, default in EXPERIMENT.items():
+        check(isinstance(e[name], type(default)) and (e[name] or name not in ("runs", "out", "seeds")), f"{name}={e[name]!r}: expected a {type(default).__name__}; results/stdlib-ablations has an example")
+    for name in ("before", "runs"):
+        check(all(isinstance(text, str) for pair in e[name].items() for text in pair), f"{name}: names and commands are texts")
+    for name in ("panels", "orders"):
+        check(all(isinstance(rows, (list, tuple)) for rows in e[name].values()), f"{name}: expected lists of rows")
+    check(e["at_once"] >= 1, f"at_once={e['at_once']} must be at least 1")
+    check(len({file_name(row) for row in e["runs"]}) == len(e["runs"]), "rows must differ in more than case and punctuation")
+    check(all(len(rows) == 2 for rows in e["orders"].values()), "orders: two rows each, the one said to be better first")
+    for row in itertools.chain(e["once"], *e["panels"].values(), *e["orders"].values()):
+        check(row in e["runs"], f"{row!r} in once, panels or orders is no row of runs")
+    keys = lambda command: {word.partition("=")[0] for word in command.split() if word.startswith("--")}
+    for row, command in e["runs"].items():
+        check(not (both := keys(command) & keys(e["every"])), f"{row!r} and every both set {', '.join(both)}")
+    return e
+
+
 def main(argv):
-    cfg, rest = config.parse(Config, argv, __doc__, most=1, files=False)
+    cfg, rest = config.parse(Config, [arg.removesuffix("/experiment.py") for arg in argv], __doc__, most=1, files=False)
     if not rest or not (Path(rest[0]) / "experiment.py").is_file():
         raise UserError(f"name the folder of an experiment, one with an experiment.py, such as results/stdlib-ablations{f', not {rest[0]}' if rest else ''}")
     folder = Path(rest[0]).resolve()
-    e = EXPERIMENT | config.read_config_file(folder / "experiment.py")
-    for name, default in EXPERIMENT.items():
-        if not isinstance(e[name], type(default)) or name in ("runs", "out") and not e[name]:
-            raise UserError(f"{folder / 'experiment.py'}: {name}={e[name]!r}: expected a {type(default).__name__}; results/stdlib-ablations has an example")
-    if not any(row.startswith(cfg.only or "") for row in e["runs"]):
+    e = read_experiment(folder / "experiment.py")
+    out, at_once, jobs = ROOT / e["out"], e["at_once"], jobs_of(e)
+    chosen = [job for job in jobs if job.row.startswith(cfg.only or "")]
+    if not chosen:
         raise UserError(f"only={cfg.only!r}: no row begins with it; there are {' | '.join(e['runs'])}")
-    if e["at_once"] < 1 or len({file_name(row) for row in e["runs"]}) < len(e["runs"]):
-        raise UserError(f"{folder / 'experiment.py'}: at_once={e['at_once']} must be at least 1, and rows must differ in more than case and punctuation")
-    if unknown := [row for row in (*e["once"], *(row for rows in e["panels"].values() for row in rows)) if row not in e["runs"]]:
-        raise UserError(f"{folder / 'experiment.py'}: {unknown[0]!r} in once or panels is no row of runs")
-    at_once, out, made = e["at_once"], Path(e["out"]), Made(folder)
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}; {at_once} run{'s' * (at_once > 1)} at once"
-    jobs = []
-    for seed, row in itertools.product(e["seeds"], e["runs"]):
-        name = f"{file_name(row)}-{seed}"
-        if row.startswith(cfg.only or "") and (row not in e["once"] or seed == e["seeds"][0]):
-            jobs.append(Job(row, name, " ".join(f"{e['runs'][row]} {e['every']} --seed={seed} --out_dir={out / name}".split())))
-    jobs.sort(key=lambda job: job.row in e["once"])
-    missing = [] if cfg.draw else [job for job in jobs if not (finished(folder / f"{job.name}.jsonl") and made.by(job))]
+    missing = [] if cfg.draw else [job for job in chosen if not job.log(folder)]
     if missing:
         for command in e["prepare"]:
-            call(command, "prepare", ROOT / out / "prepare.txt", None)
+            call(command, "prepare", out / "prepare.txt", None)
         for name, command in e["before"].items():
-            call(f"{command} --out_dir={out / name} --resume", name, ROOT / out / f"{name}.txt", None)
-            shutil.copy(ROOT / out / name / "log.jsonl", folder / f"{name}.jsonl")
-            if (ROOT / out / name / "sae.json").is_file():
-                shutil.copy(ROOT / out / name / "sae.json", folder / f"{name}.json")
+            start_over_if_edited(out / name, command)
+            call(f"{command} --out_dir={Path(e['out']) / name} --resume", name, out / f"{name}.txt", None)
+            shutil.copy(out / name / "log.jsonl", folder / f"{name}.jsonl")
+            if (out / name / "sae.json").is_file():
+                shutil.copy(out / name / "sae.json", folder / f"{name}.json")
 
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}; {at_once} run{'s' * (at_once > 1)} at once"
     with config.progress(len(missing), folder.name, "run") as bar:
         def run(job):
-            if not made.by(job):  # of an older experiment.py
-                shutil.rmtree(ROOT / out / job.name, ignore_errors=True)
-                made.forget(job)
-            call(f"{job.command} --resume", job.row, ROOT / out / f"{job.name}.txt", os.cpu_count() // at_once or 1)
-            shutil.copy(ROOT / out / job.name / "log.jsonl", folder / f"{job.name}.jsonl")
-            made.note(job, machine)
+            start_over_if_edited(out / job.name, f"{job.command} # before: {job.before}")
+            call(f"{job.command} --resume", job.row, out / f"{job.name}.txt", os.cpu_count() // at_once or 1)
+            start, *lines = (out / job.name / "log.jsonl").read_text().splitlines()
+            start = json.dumps(json.loads(start) | dict(command=job.command, before=job.before, machine=machine))
+            with data.replacing(folder / f"{job.name}.jsonl") as file:
+                file.write("".join(f"{line}\n" for line in (start, *lines)).encode())
             bar.update()
             bar.set_postfix_str(job.row)
         pool = ThreadPoolExecutor(at_once)
@@ -158,7 +190,7 @@ def main(argv):
                 done.result()
         finally:
             pool.shutdown(cancel_futures=True)
-    draw(folder, e)
+    draw(folder, e, jobs)
 
 
 if __name__ == "__main__":

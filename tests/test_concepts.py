@@ -206,11 +206,13 @@ def test_labels_of_something_else_are_refused(chain, own_dataset, tmp_path):
     state["latent_bias"] += 1
     torch.save(state, other / "sae.pt")
     assert "labels of another sae" in train_on("--shift_blocks=false", f"--sae={other}")
+    status, _, err = run(concepts.main, "--write_labels", *label_keys(chain, own_dataset), f"--sae={other}")  # nor are they written over
+    assert status == 1 and "labels of another sae" in err
     (other / "sae.json").unlink()
     assert "labels of another concept_model, sae" in train_on("--shift_blocks=false", f"--sae={other}", f"--concept_model={chain['ntp']}")
     path = next(own_dataset.glob("labels_*.bin"))
     path.write_bytes(path.read_bytes()[:-2])
-    assert "cut short" in train_on("--shift_blocks=false")
+    assert "cut short" in train_on("--shift_blocks=false") and "cut short" in run(concepts.main, "--write_labels", *label_keys(chain, own_dataset))[2]
     assert "not for method='ntp'" in train_on("--shift_blocks=false", "--method=ntp")
 
 

@@ -116,6 +116,20 @@ def test_file_round_trip_in_the_published_layout(tmp_path):
     assert torch.equal(again(h)[0], sae(h)[0]) and torch.equal(again.frequency, sae.frequency)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_the_reconstruction_equals_eai_sparsifys(monkeypatch):
+    monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "1")
+    sparsify = pytest.importorskip("sparsify", reason="needs eai-sparsify (requirements-test.txt)")
+    sae, x = make(d=24, C=64, k=6).float(), torch.randn(40, 24)
+    theirs = sparsify.SparseCoder(24, sparsify.SparseCoderConfig(num_latents=64, k=6))
+    with torch.no_grad():
+        sae.latent_bias.normal_(std=0.1)
+        for ours, own in ((sae.encoder, theirs.encoder.weight), (sae.latent_bias, theirs.encoder.bias), (sae.decoder, theirs.W_dec), (sae.pre_bias, theirs.b_dec)):
+            own.copy_(ours)
+        torch.testing.assert_close(sae.decode(sae.encode(x)), theirs(x).sae_out)
+
+
 def test_training_lowers_fvu_and_reports(chain):
     folder = Path(chain["sae"])
     log, info = read_log(folder / "log.jsonl"), json.loads((folder / "sae.json").read_text())

@@ -1,8 +1,9 @@
 # Books on two CPU cores: python results/run.py results/books-cpu (make books). A BPE of 4096 trained on them; one concept model
 # and its SAE; then all methods on the same tokens in the same order, as many active parameters, three seeds for the methods.
 import os
+import shlex
 
-books = os.environ.get("BOOKS", "../shared/corpus")  # a folder with books-train.jsonl.xz and books-val.jsonl.xz
+books = shlex.quote(os.environ.get("BOOKS", "../shared/corpus"))  # a folder with books-train.jsonl.xz and books-val.jsonl.xz
 out = "out/books-cpu"
 prepare = [f"data/text/prepare.py --input {books}/books-train.jsonl.xz --val {books}/books-val.jsonl.xz --tokenizer=bpe:4096 --out=data/books4096"]
 shape = "--dataset=data/books4096 --n_layer=4 --n_head=2 --block_size=256 --embedding_std=0.08 --batch_size=8"
@@ -48,6 +49,23 @@ panels = {
     "more weight": ["NTP", "CoCoMix, weight 1", "CoCoMix, tuned", "KD, weight 1", "tuned + KD, weight 1"],
     "which concepts are labels": ["NTP", "CoCoMix, tuned", "tuned, attribution", "tuned, attribution lower", "tuned, attribution abs"],
     "what the tuned form owes to what": ["NTP", "CoCoMix, tuned", "tuned, weight 0.1", "tuned, weight 3", "tuned, rate × 1", "tuned, nothing mixed in", "tuned, weak concept model", "Pause, residual"],
+}
+orders = {
+    "CoCoMix under NTP": ("CoCoMix", "NTP"),
+    "CoCoMix under KD": ("CoCoMix", "KD"),
+    "CoCoMix under pause vectors": ("CoCoMix", "Pause"),
+    "h + ĉ: under NTP": ("CoCoMix, residual", "NTP"),
+    "h + ĉ: under the extra positions alone": ("CoCoMix, residual", "Pause, residual"),
+    "weight 1: under NTP": ("CoCoMix, weight 1", "NTP"),
+    "tuned: under NTP": ("CoCoMix, tuned", "NTP"),
+    "tuned: under KD": ("CoCoMix, tuned", "KD"),
+    "tuned: under KD of weight 1": ("CoCoMix, tuned", "KD, weight 1"),
+    "tuned: attribution under activation": ("tuned, attribution", "CoCoMix, tuned"),
+    "tuned: raising attribution under lowering": ("tuned, attribution", "tuned, attribution lower"),
+    "tuned: a strong concept model under a weak one": ("CoCoMix, tuned", "tuned, weak concept model"),
+    "tuned: a weak concept model under NTP": ("tuned, weak concept model", "NTP"),
+    "tuned: mixing under none": ("CoCoMix, tuned", "tuned, nothing mixed in"),
+    "tuned: with KD of weight 1 under KD of weight 1": ("tuned + KD, weight 1", "KD, weight 1"),
 }
 seeds = (1337, 1, 2)
 at_once = 2  # runs side by side, one thread each

@@ -1,8 +1,9 @@
 # Books on one H200: python results/run.py results/books-h200 (make books SIZE=gpu). GPT-2's BPE, 45M tokens; a concept model of
 # GPT-2's shape trained on them, its SAE, then the methods at the 69M shapes on the same tokens in the same order.
 import os
+import shlex
 
-books = os.environ.get("BOOKS", "../shared/corpus")  # a folder with books-train.jsonl.xz and books-val.jsonl.xz
+books = shlex.quote(os.environ.get("BOOKS", "../shared/corpus"))  # a folder with books-train.jsonl.xz and books-val.jsonl.xz
 out = "out/books-h200"
 prepare = [f"data/text/prepare.py --input {books}/books-train.jsonl.xz --val {books}/books-val.jsonl.xz --tokenizer=gpt2 --out=data/books"]
 common = "--dataset=data/books --block_size=1024 --batch_size=64 --warmup_iters=40 --eval_interval=50 --eval_iters=4"

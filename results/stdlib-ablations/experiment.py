@@ -46,5 +46,29 @@ panels = {
     "prediction and mixing (Figure 6d, e)": ["NTP", "concept prediction only", "concept mix only", "CoCoMix", "adding"],
     "pause vectors (Figure 6f)": ["Pause", "Pause + KD", "Pause, residual", "Pause + KD, residual", "CoCoMix"],
 }
+orders = {  # the paper's, then what the tuned form makes of them
+    "CoCoMix under NTP (Table 1)": ("CoCoMix", "NTP"),
+    "CoCoMix under KD (Table 1)": ("CoCoMix", "KD"),
+    "attribution under activation (Figure 6a)": ("CoCoMix", "labels by activation"),
+    "concepts under the hidden state, l1 (Figure 6b)": ("CoCoMix", "hidden state, l1"),
+    "concepts under the hidden state, l2 (Figure 6b)": ("CoCoMix", "hidden state, l2"),
+    "concepts under the hidden state, cos (Figure 6b)": ("CoCoMix", "hidden state, cos"),
+    "prediction alone under NTP (Figure 6d)": ("concept prediction only", "NTP"),
+    "both under prediction alone (Figure 6d)": ("CoCoMix", "concept prediction only"),
+    "both under mixing alone (Figure 6d)": ("CoCoMix", "concept mix only"),
+    "interleaving under adding (Figure 6e)": ("CoCoMix", "adding"),
+    "CoCoMix under pause vectors (Figure 6f)": ("CoCoMix", "Pause"),
+    "CoCoMix under pause vectors and KD (Figure 6f)": ("CoCoMix", "Pause + KD"),
+    "h + ĉ: under NTP": ("CoCoMix, residual", "NTP"),
+    "h + ĉ: under the extra positions alone": ("CoCoMix, residual", "Pause, residual"),
+    "h + ĉ: under mixing alone": ("CoCoMix, residual", "concept mix only, residual"),
+    "h + ĉ: attribution under activation": ("CoCoMix, residual", "labels by activation, residual"),
+    "weight 1: under NTP": ("CoCoMix, weight 1", "NTP"),
+    "tuned: under NTP": ("tuned", "NTP"),
+    "tuned: under KD": ("tuned", "KD"),
+    "tuned: under KD of weight 1": ("tuned", "KD, weight 1"),
+    "tuned: attribution under activation": ("tuned, attribution", "tuned"),
+    "tuned: mixing under none": ("tuned", "tuned, nothing mixed in"),
+}
 seeds = (1337, 1)
 at_once = 2  # runs side by side, one thread each

@@ -1,6 +1,6 @@
 """What a run takes beside its steps: the start, waiting for batches, evaluation, checkpoints.
 
-    python results/loop/measure.py          # after make demo; writes table.md
+    python results/speed-cpu/loop.py          # after make demo; writes loop.md
 
 The demo's NTP and CoCoMix run once more, each in a process of its own, to the end: clocks around `Batches.prefetch` and
 `evaluate`, nothing else is changed. The start is counted from the process's first line, imports included, to the end of
@@ -58,7 +58,7 @@ def main():
         out = subprocess.run([sys.executable, __file__, f"config/{name}.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         first, waiting, evaluating, whole = map(float, out.splitlines()[-1].split())
         lines.append(f"| {name} | {first:.1f} | {waiting / whole:.2%} | {evaluating / whole:.1%} | {whole:.1f} |")
-    (HERE / "table.md").write_text("\n".join(lines) + "\n")
+    (HERE / "loop.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

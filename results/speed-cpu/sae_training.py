@@ -1,6 +1,6 @@
 """sae.py beside EleutherAI's eai-sparsify: the same hidden states in the same order, the same width, no GPU.
 
-    SPARSIFY_DISABLE_TRITON=1 python results/sae-speed/speed.py out/stdlib/gpt      # writes table.md; needs eai-sparsify
+    SPARSIFY_DISABLE_TRITON=1 python results/speed-cpu/sae_training.py out/stdlib/gpt      # writes sae_training.md; needs eai-sparsify
 
 Three trainers take turns at each batch, in one process: ours (as sae.py runs it, AuxK included), theirs as it comes (SparseCoder
 with its signed, schedule-free optimizer at its own learning rate, no AuxK) and theirs with Adam at our learning rate. Their step
@@ -112,10 +112,10 @@ def main(path):
     lines = [f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}", "",
              "| width → latents, k | trainer | tokens/s | its time ÷ ours | FVU | tokens |", "| --- | --- | ---: | ---: | ---: | ---: |"]
     small = sae.Config(n_concepts=2048, k=16, k_aux=64, max_tokens=500_000, batch_size=1024, learning_rate=2e-3)
-    large = sae.Config(n_concepts=32768, k=32, k_aux=256, max_tokens=120_000, batch_size=2048, learning_rate=1e-3)
+    large = sae.Config(n_concepts=32768, k=32, k_aux=256, max_tokens=60_000, batch_size=2048, learning_rate=1e-3)
     lines += measure("160 → 2 048, 16: the demo's", of_a_model(path, small), small)
     lines += measure("768 → 32 768, 32: made-up states", made_up(768, large), large)
-    (HERE / "table.md").write_text("\n".join(lines) + "\n")
+    (HERE / "sae_training.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

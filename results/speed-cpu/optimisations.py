@@ -1,6 +1,6 @@
 """Each fast path beside the plain formula it stands for: predicted and measured, at the 69M shape.
 
-    python results/optimisations/measure.py             # writes table.md
+    python results/speed-cpu/optimisations.py             # writes optimisations.md
 
 The prediction is what the counts say, made before measuring: operations, or bytes where a path only moves numbers. Plain and
 fast take turns; the ratio is the median over the turns. Every pair is checked to give the same numbers.
@@ -185,7 +185,7 @@ def main():
         slow, quick = (statistics.median(t) for t in zip(*seconds))
         lines.append(f"| {name} | {why} | {'–' if predicted is None else f'{predicted:.1f} ×'} | {statistics.median(a / b for a, b in seconds):.1f} × | {slow * 1e3:.1f} | {quick * 1e3:.1f} |")
         print(lines[-1], flush=True)
-    (HERE / "table.md").write_text("\n".join(lines) + "\n")
+    (HERE / "optimisations.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

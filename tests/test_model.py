@@ -229,6 +229,14 @@ def test_linear_topk_equals_the_plain_formula(monkeypatch, chunk, bias):
         torch.testing.assert_close(a, e)
 
 
+def test_a_second_backward_through_a_loss_is_an_error_and_never_a_wrong_gradient():
+    x, w, labels = torch.randn(10, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True), torch.randint(50, (10, 4))
+    _, loss = linear_topk(x, w, None, 6, labels)
+    (2 * loss).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (2 * loss).backward()
+
+
 def test_linear_cross_entropy_equals_pytorchs():
     x, w = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True), torch.randn(64, 8, dtype=torch.float64, requires_grad=True)
     y = torch.randint(50, (2, 9))

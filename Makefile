@@ -1,5 +1,5 @@
 # make demo   the whole pipeline on a laptop: data, concept model, SAE, NTP, CoCoMix, table, picture, report, steering
-# make ablations   every baseline and ablation of the paper at the demo's size: hours; a second call goes on
+# make ablations   every baseline and ablation of the paper at the demo's size: about an hour on 2 cores; a second call goes on
 # make books  the comparison on books (BOOKS=folder of them, SIZE=cpu or gpu): hours on a CPU; a second call goes on
 # make test   the tests, about 3 minutes after the install
 PYTHON ?= python3

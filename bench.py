@@ -10,8 +10,8 @@ needed, causal attention at half the square), so achieved FLOP/s and MFU (agains
 product that needn't be. GPT-2 and its SAE are not fetched: random weights of their shapes take the same time.
 
 --disk adds, to each CoCoMix, a row whose labels are known (from disk); --official one with the official code's recipe done
-plainly: float32, dense attribution over all C, dense TopK mask, dense compress product, four separate cross-entropies,
-gradients for all the concept model's weights. --parts times the pieces of each row's step, alone. --count runs nothing;
+plainly: float32, dense attribution over all C, dense TopK mask, dense compress product, four separate cross-entropies, the
+concept model and its SAE with gradients. --parts times the pieces of each row's step, alone. --count runs nothing;
 GPU hours stand in its table where results/bench-h200.jsonl (written with --write) has a config's tokens/s.
 """
 import json
@@ -121,7 +121,7 @@ class Row:
         self.autocast = torch.autocast(device.type, dtype=torch.bfloat16) if uses_bf16(cfg.dtype, device) and kind != "official" else nullcontext()
         self.compiled = train.compile_model(self.model) if kind != "official" and train.compiles(cfg, device) else self.model
         if kind == "official":
-            self.concept_model.gpt.requires_grad_()
+            self.concept_model.gpt.requires_grad_(), self.concept_model.sae.requires_grad_()
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.learning_rate)
         else:
             self.optimizer = train.make_optimizer(self.model, cfg, device)
@@ -141,7 +141,8 @@ class Row:
     def losses(self, rows):
         """The sum that is minimised, of some rows of the batch."""
         if self.kind == "official":
-            return official_losses(self.model, self.concept_model, self.x[rows], self.y[rows], self.cfg.concept_weight)
+            loss, self.held = official_losses(self.model, self.concept_model, self.x[rows], self.y[rows], self.cfg.concept_weight)
+            return loss
         guidance = self.guide(rows)
         with self.autocast:
             return train.step_losses(self.compiled, self.cfg, self.x[rows], self.y[rows], guidance).total
@@ -160,18 +161,19 @@ class Row:
 
 
 def official_losses(model, concept_model, x, y, concept_weight):
-    """The official code's step, plainly: everything dense, in float32. Returns its total loss."""
+    """The official code's step, plainly: everything dense, in float32. As there, nothing of the frozen model is told that it
+    needs no gradients: its weights' add up from step to step, and the labels' graph lives on with what this returns, the total
+    loss and the attributions (B, T, C)."""
     gpt, sae, c = concept_model.gpt, concept_model.sae, model.config
     h = gpt.blocks(gpt.embed(x), 0, concept_model.layer + 1)[0]
     h.retain_grad()
     logits = gpt.head(gpt.blocks(h, concept_model.layer + 1, gpt.config.n_layer)[0])
-    F.cross_entropy(logits.flatten(0, 1), y.flatten()).backward()  # gradients for all of its weights
-    with torch.no_grad():
-        pre = sae.preactivations(normalize(h)[0])
-        top = pre.topk(sae.k)
-        active = torch.zeros_like(pre).scatter_(-1, top.indices, top.values.relu())
-        labels = (active * (h.grad @ sae.decoder.T)).topk(concept_model.attr_k).indices
-    gpt.zero_grad(set_to_none=True)
+    F.cross_entropy(logits.flatten(0, 1), y.flatten()).backward()
+    pre = sae.preactivations(normalize(h.detach())[0])
+    top = pre.topk(sae.k)
+    active = torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
+    attributions = active * (h.grad @ sae.decoder.T)
+    labels = attributions.topk(concept_model.attr_k).indices
 
     x = model.embed(x)
     for i, block in enumerate(model.h):
@@ -186,7 +188,7 @@ def official_losses(model, concept_model, x, y, concept_weight):
             x = torch.stack((x, vector), dim=2).flatten(1, 2)
         x = block(x)
     logits = model.ln_f(x[:, 1::2]) @ model.wte.weight[:c.vocab_size].T
-    return F.cross_entropy(logits.flatten(0, 1), y.flatten()) + concept_weight * concept_loss
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten()) + concept_weight * concept_loss, attributions
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -334,7 +336,7 @@ def table(found, columns=COLUMNS):
 def main(argv):
     files, keys = [a for a in argv if a.endswith(".py") and not a.startswith("-")], [a for a in argv if not a.endswith(".py") or a.startswith("-")]
     if not files and not {"--help", "-h"} & set(keys):
-        raise UserError("name config files: python bench.py config/stdlib_ntp.py config/stdlib_cocomix.py")
+        raise UserError("name config files: python bench.py config/stdlib_ntp.py config/stdlib_cocomix.py" + (f", not {keys[0]}" if keys and not keys[0].startswith("-") else ""))
     wanted = []
     for file in files or [None]:
         cfg, _ = config.parse(Config, ([file] if file else []) + keys, __doc__, most=0)

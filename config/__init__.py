@@ -261,9 +261,9 @@ def run(main):
     sys.exit(status)
 
 
-def progress(total, what, unit="it", **kwargs):
+def progress(total, what, unit="it", disable=False, **kwargs):
     """The one progress bar: on a terminal it moves, in a log file it writes a line every ten seconds."""
-    return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, smoothing=0.05, disable=RANK > 0,
+    return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, smoothing=0.05, disable=disable or RANK > 0,
                 mininterval=0.2 if sys.stderr.isatty() else 10, maxinterval=10 if sys.stderr.isatty() else 60, **kwargs)
 
 

@@ -156,6 +156,8 @@ def main(argv):
     cfg, rest = config.parse(Config, [arg.removesuffix("/experiment.py") for arg in argv], __doc__, most=1, files=False)
     if not rest or not (Path(rest[0]) / "experiment.py").is_file():
         raise UserError(f"name the folder of an experiment, one with an experiment.py, such as results/stdlib-ablations{f', not {rest[0]}' if rest else ''}")
+    if cfg.draw and cfg.only:
+        raise UserError("--draw draws all rows: leave --only out")
     folder = Path(rest[0]).resolve()
     e = read_experiment(folder / "experiment.py")
     out, at_once, jobs = ROOT / e["out"], e["at_once"], jobs_of(e)
@@ -174,7 +176,7 @@ def main(argv):
                 shutil.copy(out / name / "sae.json", folder / f"{name}.json")
 
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}; {at_once} run{'s' * (at_once > 1)} at once"
-    with config.progress(len(missing), folder.name, "run") as bar:
+    with config.progress(len(missing), folder.name, "run", disable=not missing) as bar:
         def run(job):
             start_over_if_edited(out / job.name, f"{job.command} # before: {job.before}")
             call(f"{job.command} --resume", job.row, out / f"{job.name}.txt", os.cpu_count() // at_once or 1)

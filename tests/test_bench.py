@@ -19,8 +19,9 @@ def test_the_official_recipe_done_plainly_gives_our_loss_and_gradients():
     (x, y, _), cfg = batch(), config.parse(train.Config, ["--method=cocomix"])[0]
     ours = train.step_losses(model, cfg, x, y, Guidance(teacher.labels(x, y))).total
     expected = torch.autograd.grad(ours, list(model.parameters()))
-    teacher.gpt.requires_grad_()
-    plain = bench.official_losses(model, teacher, x, y, 0.1)
+    teacher.gpt.requires_grad_(), teacher.sae.requires_grad_()
+    plain, attributions = bench.official_losses(model, teacher, x, y, 0.1)
+    assert attributions.grad_fn is not None and all(p.grad is not None for p in teacher.gpt.parameters())  # as there
     torch.testing.assert_close(plain, ours)
     for a, b in zip(torch.autograd.grad(plain, list(model.parameters())), expected):
         torch.testing.assert_close(a, b)

@@ -3,7 +3,7 @@
     python results/stdlib-ablations/pause.py
 
 For each block above the insertion, the attention from the inserted position of token t to h_t, to itself, and to all else,
-mean over heads, positions 32 to 255 and 16 blocks of val.
+mean over heads, positions 32 to 255 and 16 blocks of val. An even look at all would give each 1 / (2t + 2): the first row.
 """
 import sys
 from pathlib import Path
@@ -41,6 +41,8 @@ def looks(model, x):
 
 def main():
     lines = ["| run | block | at its own h | at itself | at all else |", "| --- | ---: | ---: | ---: | ---: |"]
+    even = torch.tensor([1 / (2 * t + 2) for t in range(32, 256)]).mean().item()
+    lines.append(f"| an even look | | {even:.1%} | {even:.1%} | {1 - 2 * even:.1%} |")
     for name, folder in RUNS.items():
         content = load_checkpoint(HERE.parents[1] / "out" / "ablations" / f"{folder}-1")
         model = load_model(content)

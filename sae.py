@@ -275,6 +275,9 @@ def variance_share(error, x):
     return error.pow(2).mean() / (x - x.mean(0)).pow(2).mean()
 
 
+FEW = 16  # times k_aux: up to so many dead latents AuxK is computed densely
+
+
 def losses(sae, x, dead, k_aux):
     """(FVU of x, AuxK, the concepts of x). x (N, d) normalised; dead (C,) bool.
 
@@ -286,8 +289,13 @@ def losses(sae, x, dead, k_aux):
     fvu, aux = variance_share(residual, x), x.new_zeros(())
     where = dead.nonzero()[:, 0]
     if k_aux and len(where):
-        revived, _ = linear_topk(x - sae.pre_bias, sae.encoder[where], sae.latent_bias[where], min(k_aux, len(where)))
-        rebuilt = sparse_decode(TopK(revived.values.relu(), where[revived.indices]), sae.decoder)
+        weights, k = (x - sae.pre_bias, sae.encoder[where], sae.latent_bias[where]), min(k_aux, len(where))
+        if len(where) <= FEW * k:  # so many of the few are kept that dense products are faster than sparse ones
+            values, indices = F.linear(*weights).topk(k)
+            rebuilt = x.new_zeros(len(x), len(where)).scatter(-1, indices, values.relu()) @ sae.decoder[where]
+        else:
+            revived, _ = linear_topk(*weights, k)
+            rebuilt = sparse_decode(TopK(revived.values.relu(), where[revived.indices]), sae.decoder)
         target = residual.detach()
         aux = variance_share(target - rebuilt, target).nan_to_num(0.0, posinf=0.0)
     return fvu, aux, top

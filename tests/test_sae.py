@@ -25,7 +25,9 @@ def dense(sae, x):
     return torch.zeros_like(pre).scatter(-1, indices, values.relu()), pre
 
 
-def test_losses_and_gradients_equal_the_dense_formulas():
+@pytest.mark.parametrize("few", [0, 16], ids=["AuxK sparse", "AuxK dense"])
+def test_losses_and_gradients_equal_the_dense_formulas(monkeypatch, few):
+    monkeypatch.setattr(sae_module, "FEW", few)
     sae, x = make(), torch.randn(50, 12, dtype=torch.float64)
     dead = torch.zeros(30, dtype=torch.bool)
     dead[torch.randperm(30)[:11]] = True

@@ -278,7 +278,7 @@ TABLE = {  # what is wrong: (command, arguments, what the line must say)
     "nothing to measure": (bench.main, "", "name config files", "bench.py config/"),
     "a config file that is not there to measure": (bench.main, "config/stdlib_npt.py", "no config file", "stdlib_ntp.py"),
     "a row that is not there": (bench.main, "config/stdlib_ntp.py --only_memory=7 --device=cpu", "only_memory=7", "0 to 0"),
-    "a width to count that is not divisible": (bench.main, "config/stdlib_ntp.py --n_embd=17 --count", "n_embd=17", "n_head"),
+    "a width to count that is not divisible": (bench.main, "config/ntp_69m.py --n_embd=17 --count", "n_embd=17", "n_head"),
     "no experiment": (results_main, "{bad}", "name the folder of an experiment", "results/stdlib-ablations"),
     "an experiment without runs": (results_main, "{bad}/no-runs", "runs={}", "a dict"),
     "an experiment of 3": (results_main, "{bad}/odd-runs", "runs=3", "a dict"),

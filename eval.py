@@ -512,7 +512,7 @@ def plot(path, runs, panels=None):
     one. A path without a suffix gives a .png and an .svg; returns the paths."""
     plt = config.pyplot()
     panels = {title: some for title, names in (panels or {}).items() if (some := [name for name in names if name in runs])} or {"": list(runs)}
-    figure, rows = plt.subplots(len(panels), 3, figsize=(13, 4 * len(panels)), sharey="row", squeeze=False, layout="constrained")
+    figure, rows = plt.subplots(len(panels), 3, figsize=(13, 4 if len(panels) == 1 else 3 * len(panels)), sharey="row", squeeze=False, layout="constrained")
     for (title, names), axes in zip(panels.items(), rows):
         late = []
         for name in names:

@@ -171,8 +171,8 @@ class _LinearTopK(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             for i in range(0, N, rows):
                 chunk = slice(i, min(i + rows, N))
-                z = F.linear(x[chunk], weight, bias if x.dtype == loss.dtype else None).to(loss.dtype)
-                if bias is not None and x.dtype != loss.dtype:
+                z = (x[chunk] @ weight.T).to(loss.dtype)
+                if bias is not None:
                     z += bias
                 if k:
                     values[chunk], indices[chunk] = topk(z, k)

@@ -64,13 +64,9 @@ class Job(NamedTuple):
     """One run of an experiment."""
     row: str
     seed: int
+    name: str     # of its log and its folder
     command: str
-    before: str  # a hash of the commands that made the models it uses
-
-    @property
-    def name(self):
-        """Of its log and its folder."""
-        return f"{file_name(self.row)}-{self.seed}"
+    before: str   # a hash of the commands that made the models it uses
 
     def log(self, folder):
         """The lines of its log in the experiment's folder, up to the last evaluation; None if it isn't there whole, or was made
@@ -86,8 +82,8 @@ def jobs_of(e):
     before, jobs = data.fingerprint(*(f"{name} {command}".encode() for name, command in e["before"].items())), []
     for seed, row in itertools.product(e["seeds"], e["runs"]):
         if row not in e["once"] or seed == e["seeds"][0]:
-            job = Job(row, seed, "", before)
-            jobs.append(job._replace(command=" ".join(f"{e['runs'][row]} {e['every']} --seed={seed} --out_dir={Path(e['out']) / job.name}".split())))
+            name = f"{file_name(row)}-{seed}"
+            jobs.append(Job(row, seed, name, " ".join(f"{e['runs'][row]} {e['every']} --seed={seed} --out_dir={Path(e['out']) / name}".split()), before))
     return sorted(jobs, key=lambda job: job.row in e["once"])
 
 

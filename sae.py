@@ -291,7 +291,7 @@ def losses(sae, x, dead, k_aux):
     if k_aux and len(where):
         weights, k = (x - sae.pre_bias, sae.encoder[where], sae.latent_bias[where]), min(k_aux, len(where))
         if len(where) <= FEW * k:  # so many of the few are kept that dense products are faster than sparse ones
-            values, indices = F.linear(*weights).topk(k)
+            values, indices = F.linear(*weights).topk(k, sorted=False)
             rebuilt = x.new_zeros(len(x), len(where)).scatter(-1, indices, values.relu()) @ sae.decoder[where]
         else:
             revived, _ = linear_topk(*weights, k)

@@ -2,9 +2,11 @@
 
     SPARSIFY_DISABLE_TRITON=1 python results/speed-cpu/sae_training.py out/stdlib/gpt      # writes sae_training.md; needs eai-sparsify
 
-Three trainers take turns at each batch, in one process: ours (as sae.py runs it, AuxK included), theirs as it comes (SparseCoder
-with its signed, schedule-free optimizer at its own learning rate, no AuxK) and theirs with Adam at our learning rate. Their step
-is their Trainer's, in its order. FVU is that of held-out states after the same tokens.
+Five trainers take turns at each batch, in one process: ours as sae.py runs it, AuxK included, and without AuxK; theirs as it
+comes (SparseCoder with its signed, schedule-free optimizer at its own learning rate, no AuxK), with Adam at our learning rate, and
+that with its AuxK switched on (of our weight, over as many tokens). Their step is their Trainer's, in its order, what it keeps of
+the latents that fire included. All of them with the memory that is freed kept (model.keep_freed_memory). FVU is that of held-out
+states after the same tokens.
 """
 import platform
 import statistics
@@ -16,9 +18,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 import torch
 
+import config
 import data
 import sae
-from model import load_gpt
+from model import keep_freed_memory, load_gpt
 from schedulefree import ScheduleFreeWrapper
 from sparsify import SparseCoder, SparseCoderConfig
 from sparsify.sign_sgd import SignSGD
@@ -43,8 +46,9 @@ class Ours:
 
 
 class Theirs:
-    def __init__(self, cfg, x, adam):
+    def __init__(self, cfg, x, adam=True, aux_weight=0.0, dead_tokens=0):
         torch.manual_seed(0)
+        self.aux_weight, self.dead_tokens, self.since_fired = aux_weight, dead_tokens, torch.zeros(cfg.n_concepts, dtype=torch.long)
         self.sae = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=cfg.n_concepts, k=cfg.k))
         self.sae.b_dec.data = x.mean(0)
         if adam:
@@ -55,11 +59,16 @@ class Theirs:
 
     def step(self, x):
         self.sae.set_decoder_norm_to_unit_norm()
-        out = self.sae(x, total_variance=(x - x.mean(0)).pow(2).sum())
-        out.fvu.backward()
+        dead = self.since_fired > self.dead_tokens if self.aux_weight else None
+        out = self.sae(x, dead_mask=dead, total_variance=(x - x.mean(0)).pow(2).sum())
+        fired = torch.zeros(len(self.since_fired), dtype=torch.bool)
+        fired[out.latent_indices.flatten()] = True
+        (out.fvu + self.aux_weight * out.auxk_loss).backward()
         self.sae.remove_gradient_parallel_to_decoder_directions()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.since_fired += len(x)
+        self.since_fired[fired] = 0
 
     def rebuilt(self, x):
         if hasattr(self.optimizer, "eval"):
@@ -91,7 +100,9 @@ def made_up(d, cfg):
 def measure(name, states, cfg):
     steps = cfg.max_tokens // cfg.batch_size
     first = torch.cat([states(i) for i in range(-(-4096 // cfg.batch_size))])
-    trainers = {"ours": Ours(cfg, first, steps), "eai-sparsify, as it comes": Theirs(cfg, first, False), "eai-sparsify, Adam": Theirs(cfg, first, True)}
+    dead_tokens = steps * cfg.batch_size // 20
+    trainers = {"ours": Ours(cfg, first, steps), "ours, no AuxK": Ours(config.replace(cfg, k_aux=0), first, steps), "eai-sparsify, as it comes": Theirs(cfg, first, adam=False),
+                "eai-sparsify, Adam": Theirs(cfg, first), "eai-sparsify, Adam, AuxK": Theirs(cfg, first, aux_weight=cfg.aux_weight, dead_tokens=dead_tokens)}
     seconds = {trainer: [] for trainer in trainers}
     for step in range(steps):
         x = states(step)
@@ -104,13 +115,15 @@ def measure(name, states, cfg):
         fvu = {trainer: sum(((x - it.rebuilt(x)) ** 2).sum() for x in held_out.split(2048)) / ((held_out - held_out.mean(0)) ** 2).sum() for trainer, it in trainers.items()}
     for trainer in trainers:
         speed = cfg.batch_size / statistics.median(seconds[trainer])
-        ratio = statistics.median(a / b for a, b in zip(seconds[trainer], seconds["ours"]))
+        like = "ours" if trainer.endswith("AuxK") and trainer != "ours, no AuxK" else "ours, no AuxK"  # of ours, the one that does the same
+        ratio = statistics.median(a / b for a, b in zip(seconds[trainer], seconds[like if trainer.startswith("eai") else trainer]))
         yield f"| {name} | {trainer} | {speed:,.0f} | {ratio:.2f} | {fvu[trainer]:.3f} | {steps * cfg.batch_size:,} |"
 
 
 def main(path):
+    keep_freed_memory()
     lines = [f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}", "",
-             "| width → latents, k | trainer | tokens/s | its time ÷ ours | FVU | tokens |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+             "| width → latents, k | trainer | tokens/s | its time ÷ that of ours which does the same | FVU | tokens |", "| --- | --- | ---: | ---: | ---: | ---: |"]
     small = sae.Config(n_concepts=2048, k=16, k_aux=64, max_tokens=500_000, batch_size=1024, learning_rate=2e-3)
     large = sae.Config(n_concepts=32768, k=32, k_aux=256, max_tokens=60_000, batch_size=2048, learning_rate=1e-3)
     lines += measure("160 → 2 048, 16: the demo's", of_a_model(path, small), small)

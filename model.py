@@ -744,15 +744,15 @@ def pick_device(name="auto"):
     return device
 
 
-def keep_freed_memory():
-    """Have glibc keep what is freed for what is allocated next. By itself it gives large blocks back to the kernel, to get
-    them again zeroed, page by page: at the 69M shapes a fifth of a step. Other C libraries are left as they are."""
+def keep_freed_memory(keep=True):
+    """Have glibc keep what is freed for what is allocated next; with keep=False, its own way again: large blocks go back to the
+    kernel, which hands them out zeroed, page by page, a fifth of a step at the 69M shapes. Other C libraries are left as they are."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    mallopt(-4, 0)   # M_MMAP_MAX: large blocks, too, come from the heap …
-    mallopt(-1, -1)  # M_TRIM_THRESHOLD: … which never shrinks
+    mallopt(-4, 0 if keep else 1 << 16)   # M_MMAP_MAX: large blocks, too, come from the heap …
+    mallopt(-1, -1 if keep else 1 << 17)  # M_TRIM_THRESHOLD: … which never shrinks
 
 
 def load_gpt(name, device="cpu"):

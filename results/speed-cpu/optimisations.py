@@ -6,7 +6,6 @@ The prediction is what the counts say, made before measuring: operations, or byt
 fast take turns; the ratio is the median over the turns. Every pair is checked to give the same numbers. All but the last keep
 the memory that is freed (model.keep_freed_memory), the plain formulas, too.
 """
-import ctypes
 import platform
 import statistics
 import sys
@@ -179,8 +178,7 @@ def kept_memory():
         return loss.detach()
 
     def plain():
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 65536), mallopt(-1, 1 << 17)  # glibc's own
+        m.keep_freed_memory(False)
         return step()
 
     def fast():

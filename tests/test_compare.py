@@ -106,6 +106,21 @@ def test_what_is_wrong_in_an_experiment_is_named(tmp_path, text, message):
     assert status == 1 and message in err, err
 
 
+def test_what_commands_print_after_an_experiment_is_kept_until_they_change(tmp_path):
+    (tmp_path / "say.py").write_text("import sys; print(*sys.argv[1:]); sys.exit(sys.argv[1] == 'fail')")
+    say, kept = str(tmp_path / "say.py"), tmp_path / "said.txt"
+    experiment.run_after(tmp_path, {"said.txt": f"{say} 'one thing'"}, anew=[])
+    assert kept.read_text() == f"$ python {say} 'one thing'\none thing\n"
+    kept.write_text(kept.read_text() + "as it was")
+    experiment.run_after(tmp_path, {"said.txt": f"{say} 'one thing'"}, anew=[])
+    assert kept.read_text().endswith("as it was")
+    experiment.run_after(tmp_path, {"said.txt": f"{say} another"}, anew=[])
+    assert kept.read_text().endswith("another\nanother\n")
+    with pytest.raises(UserError, match="ended with status 1"):
+        experiment.run_after(tmp_path, {"said.txt": f"{say} fail"}, anew=[])
+    assert "another" in kept.read_text()
+
+
 @pytest.mark.slow
 def test_an_experiment_runs_what_is_missing_and_keeps_logs_table_and_curves(dataset, tmp_path, monkeypatch):
     folder, out = tmp_path / "results", tmp_path / "out"

@@ -5,7 +5,8 @@
 
 An experiment is a file experiment.py of plain assignments: `prepare` (commands), `before` {name: command} (models made
 once), `runs` {row: command}, `once` (rows that run with the first seed alone), `every` (keys of all runs), `seeds`, `out`,
-`at_once`, `panels` {title: rows} of the picture, `orders` {claim: (row said to be better, row)}.
+`at_once`, `panels` {title: rows} of the picture, `orders` {claim: (row said to be better, row)}, `after` {file: command}
+(what a command prints once all runs are there, kept as that file: tables of some rows, samples).
 
 A run's log is copied into the experiment's folder as it is done, its command and machine written into the first line. A
 later call goes on with what is missing there, or was made by another command than experiment.py has now. In another
@@ -34,7 +35,7 @@ import eval as evaluation
 from config import UserError, key
 
 
-EXPERIMENT = dict(out="", prepare=[], before={}, runs={}, once=(), every="", seeds=(1337,), at_once=1, panels={}, orders={})  # what experiment.py may say
+EXPERIMENT = dict(out="", prepare=[], before={}, runs={}, once=(), every="", seeds=(1337,), at_once=1, panels={}, orders={}, after={})  # what experiment.py may say
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,17 @@ def draw(folder, e, jobs):
     print(f"curves: {evaluation.plot(folder / 'curves', curves, e['panels'])}")
 
 
+def run_after(folder, commands, anew):
+    """Each {file: command}: the command and what it prints into the file of the folder, unless that holds them already."""
+    for name, command in commands.items():
+        path, first = folder / name, f"$ python {command}\n"
+        if anew or not path.is_file() or not path.read_text().startswith(first):
+            done = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"{name}: `python {command}` ended with status {done.returncode}: {(done.stderr.strip().splitlines() or ['nothing said'])[-1]}")
+            path.write_text(first + done.stdout)
+
+
 def read_experiment(path):
     """experiment.py as a dict of all of EXPERIMENT. UserError: something in it is not as it should be."""
     e = EXPERIMENT | config.read_config_file(path)
@@ -133,7 +145,7 @@ def read_experiment(path):
             raise UserError(f"{path}: {message}")
     for name, default in EXPERIMENT.items():
         check(isinstance(e[name], type(default)) and (e[name] or name not in ("runs", "out", "seeds")), f"{name}={e[name]!r}: expected a {type(default).__name__}; results/stdlib-ablations has an example")
-    for name in ("before", "runs"):
+    for name in ("before", "runs", "after"):
         check(all(isinstance(text, str) for pair in e[name].items() for text in pair), f"{name}: names and commands are texts")
     for name in ("panels", "orders"):
         check(all(isinstance(rows, (list, tuple)) for rows in e[name].values()), f"{name}: expected lists of rows")
@@ -189,6 +201,8 @@ def main(argv):
         finally:
             pool.shutdown(cancel_futures=True)
     draw(folder, e, jobs)
+    if not cfg.draw and all(job.log(folder) for job in jobs):
+        run_after(folder, e["after"], anew=missing)
 
 
 if __name__ == "__main__":

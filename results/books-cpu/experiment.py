@@ -29,21 +29,22 @@ runs = {
     "KD, weight 1": f"{ntp} --method=kd --kd_weight=1",
     "CoCoMix, residual": f"{cocomix} --mix=interleave_residual",
     "Pause": f"{ntp} --method=pause",
-    # each once: what the tuned form owes to what
-    "Pause, residual": f"{ntp} --method=pause --mix=interleave_residual",
+    # what the tuned form owes to what
     "CoCoMix, weight 1": f"{cocomix} --concept_weight=1",
     "tuned, weight 0.1": f"{tuned} --concept_weight=0.1",
     "tuned, rate × 1": f"{tuned} --concept_lr_scale=1",
+    "tuned, attribution": f"{tuned} --select=attribution",
+    # these once
+    "Pause, residual": f"{ntp} --method=pause --mix=interleave_residual",
     "tuned, weight 3": f"{tuned} --concept_weight=3",
     "tuned, insertion at block 3": f"{tuned} --insert_layer=3",
-    "tuned, attribution": f"{tuned} --select=attribution",
     "tuned, attribution lower": f"{tuned} --select=attribution --attribution_sign=lower",
     "tuned, attribution abs": f"{tuned} --select=attribution --attribution_sign=abs",
     "tuned, nothing mixed in": f"{tuned} --mix=none",
     "tuned, weak concept model": weak,
     "tuned + KD, weight 1": f"{tuned} --method=cocomix_kd --kd_weight=1",
 }
-once = tuple(runs)[7:]
+once = tuple(runs)[11:]
 panels = {
     "the methods": ["NTP", "KD", "Pause", "CoCoMix", "CoCoMix, residual", "CoCoMix, tuned"],
     "more weight": ["NTP", "CoCoMix, weight 1", "CoCoMix, tuned", "KD, weight 1", "tuned + KD, weight 1"],
@@ -57,9 +58,13 @@ orders = {
     "h + ĉ: under NTP": ("CoCoMix, residual", "NTP"),
     "h + ĉ: under the extra positions alone": ("CoCoMix, residual", "Pause, residual"),
     "weight 1: under NTP": ("CoCoMix, weight 1", "NTP"),
+    "weight 1: under weight 0.1": ("CoCoMix, weight 1", "CoCoMix"),
+    "h + ĉ: under ĉ": ("CoCoMix, residual", "CoCoMix"),
     "tuned: under NTP": ("CoCoMix, tuned", "NTP"),
     "tuned: under KD": ("CoCoMix, tuned", "KD"),
     "tuned: under KD of weight 1": ("CoCoMix, tuned", "KD, weight 1"),
+    "tuned: weight 1 under weight 0.1": ("CoCoMix, tuned", "tuned, weight 0.1"),
+    "tuned: rate × 3 under rate × 1": ("CoCoMix, tuned", "tuned, rate × 1"),
     "tuned: attribution under activation": ("tuned, attribution", "CoCoMix, tuned"),
     "tuned: raising attribution under lowering": ("tuned, attribution", "tuned, attribution lower"),
     "tuned: a strong concept model under a weak one": ("CoCoMix, tuned", "tuned, weak concept model"),
@@ -68,4 +73,12 @@ orders = {
     "tuned: with KD of weight 1 under KD of weight 1": ("tuned + KD, weight 1", "KD, weight 1"),
 }
 seeds = (1337, 1, 2)
+logs = " ".join(f"results/books-cpu/{row}-{seed}.jsonl" for row in ("ntp", "kd", "kd_weight_1", "cocomix", "cocomix_residual", "cocomix_tuned") for seed in seeds)
+after = {
+    "methods.md": f"eval.py --compare {logs} --plot=results/books-cpu/methods",
+    "eval.txt": "eval.py " + " ".join(f"{out}/{row}-1337" for row in ("ntp", "kd_weight_1", "cocomix", "cocomix_tuned")) + " --tokens=500_000",
+    "samples.txt": f"sample.py {out}/cocomix_tuned-1337 --start='She looked at the old man and' --num_samples=3 --max_new_tokens=80",
+    "inspect.txt": f"sample.py {out}/cocomix_tuned-1337 --start='She looked at the old man and' --max_new_tokens=40 --inspect",
+    "steered.txt": f"sample.py {out}/cocomix_tuned-1337 --start='She looked at the old man and' --max_new_tokens=60 --steer",
+}
 at_once = 2  # runs side by side, one thread each

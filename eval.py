@@ -531,7 +531,7 @@ def plot(path, runs, panels=None):
             axis.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=""))
         axes[0].set_ylabel("validation loss (nats a token)")
         axes[0].set_title(title, loc="left", fontsize=10)
-        axes[0].legend(frameon=False)
+        axes[0].legend(frameon=False, fontsize=7 if len(names) > 6 else None)
     return save_pictures(figure, Path(path))
 
 

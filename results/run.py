@@ -5,8 +5,9 @@
 
 An experiment is a file experiment.py of plain assignments: `prepare` (commands), `before` {name: command} (models made
 once), `runs` {row: command}, `once` (rows that run with the first seed alone), `every` (keys of all runs), `seeds`, `out`,
-`at_once`, `panels` {title: rows} of the picture, `orders` {claim: (row said to be better, row)}, `after` {file: command}
-(what a command prints once all runs are there, kept as that file: tables of some rows, samples).
+`at_once`, `panels` {title: rows} of the picture, `orders` {claim: (row said to be better, row)}, `short` (rows
+for short.md and short.png, a table and a picture of few rows), `after` {file: command} (what a command prints once all runs are
+there, kept as that file).
 
 A run's log is copied into the experiment's folder as it is done, its command and machine written into the first line. A
 later call goes on with what is missing there, or was made by another command than experiment.py has now. In another
@@ -35,7 +36,7 @@ import eval as evaluation
 from config import UserError, key
 
 
-EXPERIMENT = dict(out="", prepare=[], before={}, runs={}, once=(), every="", seeds=(1337,), at_once=1, panels={}, orders={}, after={})  # what experiment.py may say
+EXPERIMENT = dict(out="", prepare=[], before={}, runs={}, once=(), every="", seeds=(1337,), at_once=1, panels={}, orders={}, short=(), after={})  # what experiment.py may say
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,9 @@ def draw(folder, e, jobs):
     if e["orders"]:
         (folder / "orders.md").write_text(orders(curves, e["orders"]) + "\n")
         print("\n" + orders(curves, e["orders"]))
+    if few := {row: curves[row] for row in e["short"] if row in curves}:
+        (folder / "short.md").write_text(evaluation.course(few) + "\n")
+        evaluation.plot(folder / "short", few)
     print(f"curves: {evaluation.plot(folder / 'curves', curves, e['panels'])}")
 
 
@@ -152,8 +156,8 @@ def read_experiment(path):
     check(e["at_once"] >= 1, f"at_once={e['at_once']} must be at least 1")
     check(len({file_name(row) for row in e["runs"]}) == len(e["runs"]), "rows must differ in more than case and punctuation")
     check(all(len(rows) == 2 for rows in e["orders"].values()), "orders: two rows each, the one said to be better first")
-    for row in itertools.chain(e["once"], *e["panels"].values(), *e["orders"].values()):
-        check(row in e["runs"], f"{row!r} in once, panels or orders is no row of runs")
+    for row in itertools.chain(e["once"], e["short"], *e["panels"].values(), *e["orders"].values()):
+        check(row in e["runs"], f"{row!r} in once, short, panels or orders is no row of runs")
     keys = lambda command: {word.partition("=")[0] for word in command.split() if word.startswith("--")}
     for row, command in e["runs"].items():
         check(not (both := keys(command) & keys(e["every"])), f"{row!r} and every both set {', '.join(both)}")

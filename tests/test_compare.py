@@ -85,7 +85,7 @@ def write_log(path, lines):
 
 
 def test_an_experiment_draws_the_finished_runs_that_are_there(tmp_path):
-    (tmp_path / "experiment.py").write_text('out = "out"\nruns = {"NTP": "train.py", "Pause + KD": "train.py --method=pause", "KD": "train.py"}\nseeds = (1, 2)\npanels = {"none": ["KD"]}\n')
+    (tmp_path / "experiment.py").write_text('out = "out"\nruns = {"NTP": "train.py", "Pause + KD": "train.py --method=pause", "KD": "train.py"}\nseeds = (1, 2)\npanels = {"none": ["KD"]}\nshort = ("KD", "Pause + KD")\n')
     lines = log([5.0, 4.0], seed=2)
     write_log(tmp_path / "pause_kd-2.jsonl", lines)
     write_log(tmp_path / "ntp-1.jsonl", lines[:-1])                                                      # cut short
@@ -93,13 +93,14 @@ def test_an_experiment_draws_the_finished_runs_that_are_there(tmp_path):
     status, out, err = run(experiment.main, tmp_path, "--draw")
     table = (tmp_path / "table.md").read_text()
     assert status == 0 and "| Pause + KD | 1 |" in out and "NTP" not in table and "| KD" not in table and (tmp_path / "curves.svg").is_file(), err
+    assert (tmp_path / "short.md").read_text() == table and (tmp_path / "short.png").is_file()
 
 
 @pytest.mark.parametrize("text, message", [
     ('runs = {}', "runs={}: expected a dict"), ('runs = {"a": 1}', "names and commands are texts"), ('runs = {"a": "train.py"}\nseeds = ()', "seeds=()"),
     ('runs = {"a": "train.py", "A": "train.py"}', "more than case"), ('runs = {"a": "train.py"}\nat_once = 0', "at_once=0"),
     ('runs = {"a": "train.py"}\npanels = {"x": 5}', "panels: expected lists"), ('runs = {"a": "train.py"}\norders = {"x": ["a"]}', "two rows each"),
-    ('runs = {"a": "train.py"}\nonce = ("b",)', "'b' in once, panels or orders is no row"), ('runs = {"a": "train.py --seed=1"}\nevery = "--seed=2"', "both set --seed")])
+    ('runs = {"a": "train.py"}\nonce = ("b",)', "'b' in once, short, panels or orders is no row"), ('runs = {"a": "train.py --seed=1"}\nevery = "--seed=2"', "both set --seed")])
 def test_what_is_wrong_in_an_experiment_is_named(tmp_path, text, message):
     (tmp_path / "experiment.py").write_text(f'out = "out"\n{text}\n')
     status, _, err = run(experiment.main, tmp_path)

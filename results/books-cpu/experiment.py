@@ -34,19 +34,20 @@ runs = {
     "tuned, weight 0.1": f"{tuned} --concept_weight=0.1",
     "tuned, rate × 1": f"{tuned} --concept_lr_scale=1",
     "tuned, attribution": f"{tuned} --select=attribution",
+    "tuned, nothing mixed in": f"{tuned} --mix=none",
+    "tuned + KD, weight 1": f"{tuned} --method=cocomix_kd --kd_weight=1",
     # these once
     "Pause, residual": f"{ntp} --method=pause --mix=interleave_residual",
     "tuned, weight 3": f"{tuned} --concept_weight=3",
     "tuned, insertion at block 3": f"{tuned} --insert_layer=3",
     "tuned, attribution lower": f"{tuned} --select=attribution --attribution_sign=lower",
     "tuned, attribution abs": f"{tuned} --select=attribution --attribution_sign=abs",
-    "tuned, nothing mixed in": f"{tuned} --mix=none",
     "tuned, weak concept model": weak,
-    "tuned + KD, weight 1": f"{tuned} --method=cocomix_kd --kd_weight=1",
 }
-once = tuple(runs)[11:]
+once = tuple(runs)[13:]
+short = ("NTP", "CoCoMix", "CoCoMix, tuned", "KD", "KD, weight 1", "tuned + KD, weight 1")
 panels = {
-    "the methods": ["NTP", "KD", "Pause", "CoCoMix", "CoCoMix, residual", "CoCoMix, tuned"],
+    "the methods (Pause lies far above)": ["NTP", "KD", "CoCoMix", "CoCoMix, residual", "CoCoMix, tuned"],
     "more weight": ["NTP", "CoCoMix, weight 1", "CoCoMix, tuned", "KD, weight 1", "tuned + KD, weight 1"],
     "which concepts are labels": ["NTP", "CoCoMix, tuned", "tuned, attribution", "tuned, attribution lower", "tuned, attribution abs"],
     "what the tuned form owes to what": ["NTP", "CoCoMix, tuned", "tuned, weight 0.1", "tuned, weight 3", "tuned, rate × 1", "tuned, nothing mixed in", "tuned, weak concept model", "Pause, residual"],
@@ -73,9 +74,7 @@ orders = {
     "tuned: with KD of weight 1 under KD of weight 1": ("tuned + KD, weight 1", "KD, weight 1"),
 }
 seeds = (1337, 1, 2)
-logs = " ".join(f"results/books-cpu/{row}-{seed}.jsonl" for row in ("ntp", "kd", "kd_weight_1", "cocomix", "cocomix_residual", "cocomix_tuned") for seed in seeds)
 after = {
-    "methods.md": f"eval.py --compare {logs} --plot=results/books-cpu/methods",
     "eval.txt": "eval.py " + " ".join(f"{out}/{row}-1337" for row in ("ntp", "kd_weight_1", "cocomix", "cocomix_tuned")) + " --tokens=500_000",
     "samples.txt": f"sample.py {out}/cocomix_tuned-1337 --start='She looked at the old man and' --num_samples=3 --max_new_tokens=80",
     "inspect.txt": f"sample.py {out}/cocomix_tuned-1337 --start='She looked at the old man and' --max_new_tokens=40 --inspect",

@@ -34,7 +34,7 @@ import data
 import train
 from concepts import ConceptModel, Guidance, check_tokenizer, load_concept_model, uses_bf16
 from config import UserError, key
-from model import GPT, ModelConfig, keep_freed_memory, linear_cross_entropy, linear_topk, pick_device, sparse_decode
+from model import GPT, ModelConfig, linear_cross_entropy, linear_topk, pick_device, sparse_decode
 from sae import SAE, hidden_states, normalize
 
 MEASURED = Path(__file__).resolve().parent / "results" / "bench-h200.jsonl"
@@ -153,8 +153,6 @@ class Row:
 
     def step(self):
         """One optimizer step, as in train.py."""
-        if self.device.type == "cpu":
-            keep_freed_memory(self.kind != "official")
         for rows in self.micro_batches:
             (self.losses(rows) * (len(self.x[rows]) / len(self.x))).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.grad_clip or math.inf)

@@ -34,7 +34,7 @@ from data import replacing
 
 class TopK(NamedTuple):
     """The k largest of C numbers a row, kept sparse."""
-    values: torch.Tensor   # (..., k), largest first
+    values: torch.Tensor   # (..., k), largest first unless `topk` was told otherwise
     indices: torch.Tensor  # (..., k) int64
 
 
@@ -98,10 +98,11 @@ class _SparseDecode(torch.autograd.Function):
 
 
 def topk(z, k, sorted=True):
-    """z.topk(k) of (..., C), for a large C in exact stages: the k largest lie in the k groups of eight with the largest maxima,
-    which are themselves found so.
+    """z.topk(k) of (..., C); for a large C exactly, too, but faster. The k largest lie in the k groups of eight columns with the
+    largest maxima; those groups are found by this same function, one level down, until few are left.
 
     Groups are strided (of G groups, group g holds columns g, g + G, …), so that their maxima are one pass over whole rows.
+    sorted=False: in any order. Of equal values any may be taken.
     """
     C = z.shape[-1]
     G = C // 8
@@ -725,8 +726,8 @@ def perplexity(loss):
 
 
 def pick_device(name="auto"):
-    """torch.device of a name; "auto" takes CUDA, else MPS if its torch can do the sparse products, else the CPU. Under
-    torchrun "cuda" is a GPU of the process's own. UserError: it isn't there."""
+    """torch.device of a name; "auto" takes CUDA, else MPS if its torch can do the sparse products, else the CPU, where the
+    process keeps its memory from then on. Under torchrun "cuda" is a GPU of the process's own. UserError: it isn't there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and _mps_works() else "cpu"
     try:
@@ -744,15 +745,16 @@ def pick_device(name="auto"):
     return device
 
 
-def keep_freed_memory(keep=True):
-    """Have glibc keep what is freed for what is allocated next; with keep=False, its own way again: large blocks go back to the
-    kernel, which hands them out zeroed, page by page, a fifth of a step at the 69M shapes. Other C libraries are left as they are."""
+def keep_freed_memory():
+    """Have glibc keep what this process frees for what it allocates next, here on the CPU. By itself it gives large blocks back to
+    the kernel, which hands them out again zeroed, page by page: at the 69M shapes that is a tenth of a step or more. The price is
+    that resident memory stays at its peak. Other C libraries are left as they are."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    mallopt(-4, 0 if keep else 1 << 16)   # M_MMAP_MAX: large blocks, too, come from the heap …
-    mallopt(-1, -1 if keep else 1 << 17)  # M_TRIM_THRESHOLD: … which never shrinks
+    mallopt(-4, 0)   # M_MMAP_MAX: large blocks, too, come from the heap …
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: … which never shrinks
 
 
 def load_gpt(name, device="cpu"):

@@ -6,8 +6,8 @@
 An experiment is a file experiment.py of plain assignments: `prepare` (commands), `before` {name: command} (models made
 once), `runs` {row: command}, `once` (rows that run with the first seed alone), `every` (keys of all runs), `seeds`, `out`,
 `at_once`, `panels` {title: rows} of the picture, `orders` {claim: (row said to be better, row)}, `short` (rows
-for short.md and short.png, a table and a picture of few rows), `after` {file: command} (what a command prints once all runs are
-there, kept as that file).
+for short.md and short.png, a table and a picture of few rows), `after` {NAME.txt: command} (run once all runs are there, again when
+one of them or the command is another; what it prints is kept as that file).
 
 A run's log is copied into the experiment's folder as it is done, its command and machine written into the first line. A
 later call goes on with what is missing there, or was made by another command than experiment.py has now. In another
@@ -130,13 +130,18 @@ def draw(folder, e, jobs):
 
 
 def run_after(folder, commands, anew):
-    """Each {file: command}: the command and what it prints into the file of the folder, unless that holds them already."""
+    """Each {NAME.txt: command}: the command and what it prints into the file of the folder, unless that holds them already."""
+    if anew:  # first of all: one that fails must not leave what older runs gave
+        for name in commands:
+            (folder / name).unlink(missing_ok=True)
     for name, command in commands.items():
         path, first = folder / name, f"$ python {command}\n"
-        if anew or not path.is_file() or not path.read_text().startswith(first):
-            done = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, capture_output=True, text=True)
+        if not path.is_file() or not path.read_text().startswith(first):
+            print(f"{name}: python {command}", flush=True)
+            done = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, capture_output=True, text=True, errors="replace")
             if done.returncode:
-                raise UserError(f"{name}: `python {command}` ended with status {done.returncode}: {(done.stderr.strip().splitlines() or ['nothing said'])[-1]}")
+                raise UserError(f"{name}: `python {command}` ended with status {done.returncode}: {(done.stderr.strip().splitlines() or ['nothing said'])[-1]}; "
+                                "in another clone the models of its runs are missing: remove their logs to make them anew")
             path.write_text(first + done.stdout)
 
 
@@ -156,8 +161,15 @@ def read_experiment(path):
     check(e["at_once"] >= 1, f"at_once={e['at_once']} must be at least 1")
     check(len({file_name(row) for row in e["runs"]}) == len(e["runs"]), "rows must differ in more than case and punctuation")
     check(all(len(rows) == 2 for rows in e["orders"].values()), "orders: two rows each, the one said to be better first")
+    for command in (*e["prepare"], *e["before"].values(), *e["runs"].values(), *e["after"].values(), e["every"]):
+        try:
+            shlex.split(command)
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path}: {command!r} is no command ({error})") from error
+    for name in e["after"]:
+        check(re.fullmatch(r"[\w-]+\.txt", name), f"after: {name!r} is no name of a .txt file")
     for row in itertools.chain(e["once"], e["short"], *e["panels"].values(), *e["orders"].values()):
-        check(row in e["runs"], f"{row!r} in once, short, panels or orders is no row of runs")
+        check(isinstance(row, str) and row in e["runs"], f"{row!r} in once, short, panels or orders is no row of runs")
     keys = lambda command: {word.partition("=")[0] for word in command.split() if word.startswith("--")}
     for row, command in e["runs"].items():
         check(not (both := keys(command) & keys(e["every"])), f"{row!r} and every both set {', '.join(both)}")

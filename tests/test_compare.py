@@ -100,7 +100,8 @@ def test_an_experiment_draws_the_finished_runs_that_are_there(tmp_path):
     ('runs = {}', "runs={}: expected a dict"), ('runs = {"a": 1}', "names and commands are texts"), ('runs = {"a": "train.py"}\nseeds = ()', "seeds=()"),
     ('runs = {"a": "train.py", "A": "train.py"}', "more than case"), ('runs = {"a": "train.py"}\nat_once = 0', "at_once=0"),
     ('runs = {"a": "train.py"}\npanels = {"x": 5}', "panels: expected lists"), ('runs = {"a": "train.py"}\norders = {"x": ["a"]}', "two rows each"),
-    ('runs = {"a": "train.py"}\nonce = ("b",)', "'b' in once, short, panels or orders is no row"), ('runs = {"a": "train.py --seed=1"}\nevery = "--seed=2"', "both set --seed")])
+    ('runs = {"a": "train.py"}\nonce = ("b",)', "'b' in once, short, panels or orders is no row"), ('runs = {"a": "train.py --seed=1"}\nevery = "--seed=2"', "both set --seed"),
+    ('runs = {"a": "train.py"}\nafter = {"../a.txt": "eval.py"}', "is no name of a .txt file"), ('runs = {"a": "train.py 'b"}', "is no command"), ('runs = {"a": "train.py"}\npanels = {"x": [["a"]]}', "is no row of runs")])
 def test_what_is_wrong_in_an_experiment_is_named(tmp_path, text, message):
     (tmp_path / "experiment.py").write_text(f'out = "out"\n{text}\n')
     status, _, err = run(experiment.main, tmp_path)
@@ -117,9 +118,10 @@ def test_what_commands_print_after_an_experiment_is_kept_until_they_change(tmp_p
     assert kept.read_text().endswith("as it was")
     experiment.run_after(tmp_path, {"said.txt": f"{say} another"}, anew=[])
     assert kept.read_text().endswith("another\nanother\n")
+    assert kept.read_text() and experiment.run_after(tmp_path, {"said.txt": f"{say} another"}, anew=[1]) is None and kept.is_file()
     with pytest.raises(UserError, match="ended with status 1"):
-        experiment.run_after(tmp_path, {"said.txt": f"{say} fail"}, anew=[])
-    assert "another" in kept.read_text()
+        experiment.run_after(tmp_path, {"said.txt": f"{say} fail"}, anew=[1])
+    assert not kept.exists()  # not what older runs gave
 
 
 @pytest.mark.slow

@@ -1,9 +1,9 @@
-"""Where a step's time goes, kernel by kernel: why CoCoMix does a few FLOP/s less than NTP.
+"""Where a step's time goes, by kind of kernel: why CoCoMix does fewer FLOPs a second than NTP.
 
     python results/speed-cpu/kernels.py            # after make demo; writes kernels.md
 
-The products of both run at the same rate; the rest is work that no FLOP is counted for, or that a kernel does at a lower rate.
-Labels come from disk: the concept model takes no part.
+Labels come from disk: the concept model takes no part. The rate of the products is that of their own FLOPs, attention's not among
+them. `mul_` counts as the optimizer's, whose clipping it mostly is.
 """
 import platform
 import sys
@@ -21,7 +21,7 @@ from model import keep_freed_memory
 
 KINDS = {"products": ("mm", "addmm", "addmm_", "bmm"), "attention": ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"),
          "TopK, sorting, sparse sums": ("topk", "sort", "searchsorted", "amax", "gather", "_embedding_bag", "_embedding_bag_forward_only", "_embedding_bag_per_sample_weights_backward"),
-         "optimizer": ("_fused_adamw_", "linalg_vector_norm", "mul_"), "GELU, LayerNorm": ("gelu", "gelu_backward", "native_layer_norm", "native_layer_norm_backward")}
+         "optimizer, clipping": ("_fused_adamw_", "linalg_vector_norm", "mul_"), "GELU, LayerNorm": ("gelu", "gelu_backward", "native_layer_norm", "native_layer_norm_backward")}
 
 
 def main():
@@ -38,8 +38,9 @@ def main():
                 row.step()
         spent = {event.key.removeprefix("aten::"): event.self_cpu_time_total / steps / 1e3 for event in measured.key_averages()}
         ms = {kind: sum(spent.pop(kernel, 0) for kernel in kernels) for kind, kernels in KINDS.items()}
-        whole, gflop = sum(ms.values()) + sum(spent.values()), row.flops * cfg.batch_size * cfg.block_size / 1e9
-        lines.append(f"| {name} | {gflop:.1f} | {whole:.1f} | " + " | ".join(f"{t:.1f}" for t in ms.values()) + f" | {sum(spent.values()):.1f} | {gflop / ms['products'] * 1e3:.0f} | {gflop / whole * 1e3:.0f} |")
+        whole, tokens = sum(ms.values()) + sum(spent.values()), cfg.batch_size * cfg.block_size
+        gflop, products = row.flops * tokens / 1e9, row.model.flops_per_token(block_size=1) * tokens / 1e9
+        lines.append(f"| {name} | {gflop:.1f} | {whole:.1f} | " + " | ".join(f"{t:.1f}" for t in ms.values()) + f" | {sum(spent.values()):.1f} | {products / ms['products'] * 1e3:.0f} | {gflop / whole * 1e3:.0f} |")
         print(lines[-1], flush=True)
         del row
     (HERE / "kernels.md").write_text("\n".join(lines) + "\n")

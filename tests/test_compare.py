@@ -101,7 +101,7 @@ def test_an_experiment_draws_the_finished_runs_that_are_there(tmp_path):
     ('runs = {"a": "train.py", "A": "train.py"}', "more than case"), ('runs = {"a": "train.py"}\nat_once = 0', "at_once=0"),
     ('runs = {"a": "train.py"}\npanels = {"x": 5}', "panels: expected lists"), ('runs = {"a": "train.py"}\norders = {"x": ["a"]}', "two rows each"),
     ('runs = {"a": "train.py"}\nonce = ("b",)', "'b' in once, short, panels or orders is no row"), ('runs = {"a": "train.py --seed=1"}\nevery = "--seed=2"', "both set --seed"),
-    ('runs = {"a": "train.py"}\nafter = {"../a.txt": "eval.py"}', "is no name of a .txt file"), ('runs = {"a": "train.py 'b"}', "is no command"), ('runs = {"a": "train.py"}\npanels = {"x": [["a"]]}', "is no row of runs")])
+    ('runs = {"a": "train.py"}\nafter = {"../a.txt": "eval.py"}', "is no name of a .txt file"), ("runs = {'a': 'train.py \"b'}", "is no command"), ('runs = {"a": "train.py"}\npanels = {"x": [["a"]]}', "is no row of runs")])
 def test_what_is_wrong_in_an_experiment_is_named(tmp_path, text, message):
     (tmp_path / "experiment.py").write_text(f'out = "out"\n{text}\n')
     status, _, err = run(experiment.main, tmp_path)
@@ -155,7 +155,7 @@ def test_an_experiment_runs_what_is_missing_and_keeps_logs_table_and_curves(data
 
 
 def test_each_row_of_an_experiment_is_a_run_that_its_script_accepts():
-    for name, rows in (("stdlib-ablations", 25), ("books-cpu", 19), ("books-cpu-long", 4), ("books-h200", 8)):
+    for name, rows in (("stdlib-ablations", 25), ("books-cpu", 19), ("books-cpu-long", 3), ("books-h200", 8)):
         e = config.read_config_file(ROOT / "results" / name / "experiment.py")
         for row, command in {**e.get("before", {}), **e["runs"]}.items():
             script, *argv = f"{command} {e['every'] if row in e['runs'] else ''}".split()

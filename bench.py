@@ -11,7 +11,8 @@ product that needn't be. GPT-2 and its SAE are not fetched: random weights of th
 
 --disk adds, to each CoCoMix, a row whose labels are known (from disk); --official one with the official code's recipe done
 plainly: float32, dense attribution over all C, dense TopK mask, dense compress product, four separate cross-entropies, the
-concept model and its SAE with gradients. --parts times the pieces of each row's step, alone. --count runs nothing;
+concept model and its SAE with gradients; on a CPU it takes its turns in a process of its own, where glibc has its own way with
+freed memory (model.keep_freed_memory). --parts times the pieces of each row's step, alone. --count runs nothing;
 GPU hours stand in its table where results/bench-h200.jsonl (written with --write) has a config's tokens/s.
 """
 import json
@@ -49,7 +50,7 @@ class Config(train.Config):
     official: bool = key(False, "for each CoCoMix also a row with the official recipe")
     parts: bool = key(False, "time the pieces of each step")
     memory: bool = key(True, "measure peak memory (on a CPU: with a process for each row)")
-    only_memory: int | None = key(None, "print the peak memory (bytes) of this row alone", low=0)
+    only_row: int | None = key(None, "be a process for this row alone: print its peak memory (bytes) and, for each line read, the seconds of a turn", low=0)
     write: str | None = key(None, "append the rows to this .jsonl file")
 
 
@@ -105,9 +106,10 @@ def count(name, cfg):
 
 
 class Row:
-    """One method's models and optimizer, and its training step on a batch of random tokens."""
-    def __init__(self, name, cfg, device, kind=""):
+    """One method's models and optimizer, and its training step on a batch of random tokens; the steps are taken in `process`, if given."""
+    def __init__(self, name, cfg, device, kind="", process=None):
         torch.manual_seed(0)
+        self.process = process
         self.name, self.cfg, self.device, self.kind = name + (f", {kind}" if kind else ""), cfg, device, kind
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         self.model, self.concept_model = make_models(cfg, device)
@@ -125,7 +127,8 @@ class Row:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.learning_rate)
         else:
             self.optimizer = train.make_optimizer(self.model, cfg, device)
-        self.step(), self.step()  # compiles, makes the optimizer's state
+        if not process:
+            self.step(), self.step()  # compiles, makes the optimizer's state
         self.allocated = torch.cuda.memory_allocated(device) - before if device.type == "cuda" else 0
 
     @property
@@ -150,6 +153,15 @@ class Row:
     @property
     def micro_batches(self):
         return [slice(first, first + self.micro) for first in range(0, len(self.x), self.micro)]
+
+    def turn(self, steps):
+        """Seconds a step, the mean of some steps."""
+        if self.process:
+            return self.process.turn()
+        start = clock(self.device)
+        for _ in range(steps):
+            self.step()
+        return (clock(self.device) - start) / steps
 
     def step(self):
         """One optimizer step, as in train.py."""
@@ -289,10 +301,7 @@ def measure(rows, rounds, steps):
     whole, asking = [[] for _ in rows], [[] for _ in rows]
     for _ in range(rounds):
         for i, row in enumerate(rows):
-            start = clock(row.device)
-            for _ in range(steps):
-                row.step()
-            whole[i].append((clock(row.device) - start) / steps)
+            whole[i].append(row.turn(steps))
             if row.concept_flops and row.kind != "official":
                 start = clock(row.device)
                 for _ in range(steps):
@@ -310,12 +319,25 @@ def peak_on_gpu(row):
     return torch.cuda.max_memory_allocated(row.device) - others
 
 
-def peak_on_cpu(argv, i):
-    """Peak resident bytes of a process that makes row i alone and takes its steps, libraries included."""
-    out = subprocess.run([sys.executable, __file__, *argv, f"--only_memory={i}"], capture_output=True, text=True)
-    if out.returncode:
-        raise UserError(f"the process that measures row {i}'s memory ended with status {out.returncode}: {(out.stderr.strip().splitlines() or ['nothing said'])[-1]}")
-    return int(out.stdout)
+class Process:
+    """A process that makes row i alone. Its `peak`: resident bytes after some steps, libraries included."""
+    def __init__(self, argv, i):
+        self.i, self.process = i, subprocess.Popen([sys.executable, __file__, *argv, f"--only_row={i}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.peak = int(self.read())
+
+    def turn(self):
+        """Row.turn(--steps) there."""
+        print(file=self.process.stdin, flush=True)
+        return float(self.read())
+
+    def read(self):
+        if line := self.process.stdout.readline():
+            return line
+        status = self.process.wait()
+        raise UserError(f"the process of row {self.i} ended with status {status}: {(self.process.stderr.read().strip().splitlines() or ['nothing said'])[-1]}")
+
+    def end(self):
+        self.process.communicate()
 
 
 COLUMNS = (("row", "row", "{}"), ("tokens_per_s", "tokens/s", "{:,.0f}"), ("speed_ratio", "of the first", "{:.2f}"), ("flops_per_token", "FLOP a token", "{:.2e}"),
@@ -352,21 +374,34 @@ def main(argv):
         return
     if cfg.write and Path(cfg.write).is_dir():
         raise UserError(f"{cfg.write} is a folder; name a file in it")
-    device = pick_device(cfg.device)
-    if cfg.only_memory is not None:
-        if cfg.only_memory >= len(wanted):
-            raise UserError(f"only_memory={cfg.only_memory}: there are rows 0 to {len(wanted) - 1}")
-        row = Row(*wanted[cfg.only_memory][:2], device, wanted[cfg.only_memory][2])
+    if cfg.only_row is not None and cfg.only_row >= len(wanted):
+        raise UserError(f"only_row={cfg.only_row}: there are rows 0 to {len(wanted) - 1}")
+    official = cfg.only_row is not None and wanted[cfg.only_row][2] == "official"
+    device = torch.device("cpu") if official else pick_device(cfg.device)  # the official code does not have its memory kept
+    if cfg.only_row is not None:
+        row = Row(*wanted[cfg.only_row][:2], device, wanted[cfg.only_row][2])
         row.step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024), flush=True)
+        for _ in sys.stdin:
+            print(row.turn(cfg.steps), flush=True)
         return
     peak = train.peak_flops(device)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
-    peaks = [peak_on_cpu(argv, i) for i in range(len(wanted))] if cfg.memory and device.type == "cpu" else None
-    rows = [Row(name, cfg, device, kind) for name, cfg, kind in wanted]
+    processes, peaks = [], []  # all of them before the rows: what a process has at its start is counted to its peak
+    for i, (*_, kind) in enumerate(wanted):
+        elsewhere = kind == "official" and device.type == "cpu"
+        process = Process(argv, i) if elsewhere or cfg.memory and device.type == "cpu" else None
+        peaks.append(process and process.peak)
+        if process and not elsewhere:
+            process.end()
+        processes.append(process if elsewhere else None)
+    rows = [Row(name, row_cfg, device, kind, process) for (name, row_cfg, kind), process in zip(wanted, processes)]
     if cfg.memory and device.type == "cuda":
         peaks = [peak_on_gpu(row) for row in rows]
     whole, asking = measure(rows, cfg.rounds, cfg.steps)
+    for row in rows:
+        if row.process:
+            row.process.end()
     found = []
     for i, row in enumerate(rows):
         tokens, seconds = row.x.numel(), statistics.median(whole[i])
@@ -377,7 +412,7 @@ def main(argv):
             active_params=row.model.num_params(active=True), tokens_per_s=tokens / seconds, speed_ratio=ratio * tokens / rows[0].x.numel(), flops_per_token=row.flops,
             flop_per_s=tokens / seconds * row.flops, flop_per_s_ratio=ratio * tokens * row.flops / (rows[0].x.numel() * rows[0].flops),
             mfu=tokens / seconds * row.flops / peak if peak else None,
-            peak_gib=peaks[i] / 2**30 if peaks else None,
+            peak_gib=peaks[i] / 2**30 if cfg.memory and peaks[i] else None,
             concept_share=statistics.median(a / b for a, b in zip(asking[i], whole[i])) if asking[i] else None,
             concept_flops_share=row.concept_flops / row.flops if asking[i] else None, rounds=cfg.rounds, steps=cfg.steps))
     print(f"{machine}; {cfg.rounds} rounds of {cfg.steps} step{'s' * (cfg.steps > 1)}\n\n{table(found)}")

@@ -277,7 +277,7 @@ TABLE = {  # what is wrong: (command, arguments, what the line must say)
     "an SAE of more memory than there is": (sae.main, "--concept_model={chain}/gpt --dataset={dataset} --concept_layer=1 --n_concepts=99999999999999 --device=cpu --out_dir={bad}/x", "out of memory", ""),
     "nothing to measure": (bench.main, "", "name config files", "bench.py config/"),
     "a config file that is not there to measure": (bench.main, "config/stdlib_npt.py", "no config file", "stdlib_ntp.py"),
-    "a row that is not there": (bench.main, "config/stdlib_ntp.py --only_memory=7 --device=cpu", "only_memory=7", "0 to 0"),
+    "a row that is not there": (bench.main, "config/stdlib_ntp.py --only_row=7 --device=cpu", "only_row=7", "0 to 0"),
     "a width to count that is not divisible": (bench.main, "config/ntp_69m.py --n_embd=17 --count", "n_embd=17", "n_head"),
     "no experiment": (results_main, "{bad}", "name the folder of an experiment", "results/stdlib-ablations"),
     "an experiment without runs": (results_main, "{bad}/no-runs", "runs={}", "a dict"),

@@ -117,6 +117,9 @@ def draw(folder, e, jobs):
     logs = {f"{job.row}-{job.seed}": log for job in sorted(jobs, key=lambda job: rows.index(job.row)) if (log := job.log(folder))}
     if not logs:
         raise UserError(f"{folder}: no run of it is finished yet")
+    for row in rows:
+        if len({log[0].get("concept_model_hash") for job in jobs if job.row == row and (log := logs.get(f"{row}-{job.seed}"))}) > 1:
+            print(f"note: the seeds of {row!r} had different concept models; remove its older logs to make them anew")
     curves = evaluation.curves(logs)
     (folder / "table.md").write_text(evaluation.course(curves) + "\n")
     print(evaluation.course(curves))
@@ -189,6 +192,8 @@ def main(argv):
     if not chosen:
         raise UserError(f"only={cfg.only!r}: no row begins with it; there are {' | '.join(e['runs'])}")
     missing = [] if cfg.draw else [job for job in chosen if not job.log(folder)]
+    if not missing and not cfg.draw:
+        print(f"the logs of all {len(chosen)} runs are there, nothing is run: remove those that are to be made anew from {folder}")
     if missing:
         for command in e["prepare"]:
             call(command, "prepare", out / "prepare.txt", None)

@@ -90,6 +90,9 @@ def test_an_experiment_draws_the_finished_runs_that_are_there(tmp_path):
     write_log(tmp_path / "pause_kd-2.jsonl", lines)
     write_log(tmp_path / "ntp-1.jsonl", lines[:-1])                                                      # cut short
     write_log(tmp_path / "kd-2.jsonl", [lines[0] | dict(command="train.py --another"), *lines[1:]])      # made otherwise
+    write_log(tmp_path / "pause_kd-1.jsonl", [log([5.0, 4.5], seed=1)[0] | dict(concept_model_hash="another"), *log([5.0, 4.5], seed=1)[1:]])
+    assert "'Pause + KD' had different concept models" in run(experiment.main, tmp_path, "--draw")[1]
+    (tmp_path / "pause_kd-1.jsonl").unlink()
     status, out, err = run(experiment.main, tmp_path, "--draw")
     table = (tmp_path / "table.md").read_text()
     assert status == 0 and "| Pause + KD | 1 |" in out and "NTP" not in table and "| KD" not in table and (tmp_path / "curves.svg").is_file(), err

@@ -369,6 +369,8 @@ def main(argv):
                 wanted.append((name, config.replace(cfg, labels="disk"), "labels from disk"))
             if cfg.official and not train.METHODS[cfg.method].taught:
                 wanted.append((name, config.replace(cfg, mix="interleave", select="attribution"), "official"))
+    if (cfg.disk or cfg.official) and not any(kind for *_, kind in wanted):
+        raise UserError("--disk and --official add rows to a CoCoMix (without a teacher, for --official); there is none among these configs")
     if cfg.count:
         print(table([count(name, cfg) for name, cfg, kind in wanted if not kind], COUNTED))
         return

@@ -182,12 +182,13 @@ def parse(cls, argv, doc="", most=None, files=True):
             if arg.endswith(".py"):
                 if not files:
                     raise UserError(f"unexpected config file {arg}: this command takes a run, such as out/stdlib/cocomix")
-                for name, value in read_config_file(arg).items():
-                    if name not in fields and files == "shared":
-                        continue
-                    if name not in fields:
-                        raise _unknown(name, fields, arg)
-                    values[name] = _convert(fields[name], kinds[name], value, arg)
+                content = read_config_file(arg)
+                unknown = [name for name in content if name not in fields and files != "shared"]
+                if len(unknown) > 1:
+                    raise UserError(f"{arg} sets keys that this script does not have ({', '.join(unknown)}): is it another script's?")
+                if unknown:
+                    raise _unknown(unknown[0], fields, arg)
+                values |= {name: _convert(fields[name], kinds[name], value, arg) for name, value in content.items() if name in fields}
             else:
                 rest.append(arg)
             continue

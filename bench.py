@@ -10,7 +10,7 @@ needed, causal attention at half the square), so achieved FLOP/s and MFU (agains
 product that needn't be. GPT-2 and its SAE are not fetched: random weights of their shapes take the same time.
 
 --disk adds, to each CoCoMix, a row whose labels are known (from disk); --official one with the official code's recipe done
-plainly: float32, dense attribution over all C, dense TopK mask, dense compress product, four separate cross-entropies, the
+plainly, in the paper's form: float32, dense attribution over all C, dense TopK mask, dense compress product, four separate cross-entropies, the
 concept model and its SAE with gradients; on a CPU it takes its turns in a process of its own, where glibc has its own way with
 freed memory (model.keep_freed_memory). --parts times the pieces of each row's step, alone. --count runs nothing;
 GPU hours stand in its table where results/bench-h200.jsonl (written with --write) has a config's tokens/s.
@@ -124,7 +124,7 @@ class Row:
         self.compiled = train.compile_model(self.model) if kind != "official" and train.compiles(cfg, device) else self.model
         if kind == "official":
             self.concept_model.gpt.requires_grad_(), self.concept_model.sae.requires_grad_()
-            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.learning_rate)
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.learning_rate, fused=device.type in ("cpu", "cuda"))
         else:
             self.optimizer = train.make_optimizer(self.model, cfg, device)
         if not process:
@@ -301,6 +301,8 @@ def measure(rows, rounds, steps):
     whole, asking = [[] for _ in rows], [[] for _ in rows]
     for _ in range(rounds):
         for i, row in enumerate(rows):
+            if rows[i - 1].process and not row.process:  # after a turn elsewhere, in which this process idled
+                row.step()
             whole[i].append(row.turn(steps))
             if row.concept_flops and row.kind != "official":
                 start = clock(row.device)
@@ -334,14 +336,15 @@ class Process:
         if line := self.process.stdout.readline():
             return line
         status = self.process.wait()
-        raise UserError(f"the process of row {self.i} ended with status {status}: {(self.process.stderr.read().strip().splitlines() or ['nothing said'])[-1]}")
+        said = (self.process.stderr.read().strip().splitlines() or ["nothing said"])[-1]
+        raise UserError(said.removeprefix("error: ") if said.startswith("error: ") else f"the process of row {self.i} ended with status {status}: {said}")
 
     def end(self):
         self.process.communicate()
 
 
-COLUMNS = (("row", "row", "{}"), ("tokens_per_s", "tokens/s", "{:,.0f}"), ("speed_ratio", "of the first", "{:.2f}"), ("flops_per_token", "FLOP a token", "{:.2e}"),
-           ("flop_per_s", "FLOP/s", "{:.2e}"), ("flop_per_s_ratio", "of the first", "{:.2f}"), ("mfu", "MFU", "{:.1%}"), ("peak_gib", "peak GiB", "{:.2f}"),
+COLUMNS = (("row", "row", "{}"), ("tokens_per_s", "tokens/s", "{:,.0f}"), ("speed_ratio", "of the first's", "{:.2f}"), ("flops_per_token", "FLOP a token", "{:.2e}"),
+           ("flop_per_s", "FLOP/s", "{:.2e}"), ("flop_per_s_ratio", "of the first's", "{:.2f}"), ("mfu", "MFU", "{:.1%}"), ("peak_gib", "peak GiB", "{:.2f}"),
            ("concept_share", "concept model's time", "{:.1%}"), ("concept_flops_share", "its FLOPs", "{:.1%}"))
 
 COUNTED = (("row", "config", "{}"), ("shape", "blocks × width", "{}"), ("active_params", "active, M", "{:,.1f}"), ("params", "parameters, M", "{:,.1f}"), ("flops", "MFLOP a token", "{:,.0f}"),
@@ -365,10 +368,12 @@ def main(argv):
         name = Path(file).stem
         wanted.append((name, cfg, ""))
         if train.inserted(cfg) == "concept":
-            if cfg.disk:
+            if cfg.disk and cfg.labels != "disk":
                 wanted.append((name, config.replace(cfg, labels="disk"), "labels from disk"))
             if cfg.official and not train.METHODS[cfg.method].taught:
-                wanted.append((name, config.replace(cfg, mix="interleave", select="attribution"), "official"))
+                if cfg.concept_weight == 0:
+                    raise UserError("--official: with concept_weight=0 there would be no concept model in it")
+                wanted.append((name, config.replace(cfg, mix="interleave", select="attribution", labels="fly"), "official"))
     if (cfg.disk or cfg.official) and not any(kind for *_, kind in wanted):
         raise UserError("--disk and --official add rows to a CoCoMix (without a teacher, for --official); there is none among these configs")
     if cfg.count:
@@ -376,6 +381,8 @@ def main(argv):
         return
     if cfg.write and Path(cfg.write).is_dir():
         raise UserError(f"{cfg.write} is a folder; name a file in it")
+    if cfg.write:
+        Path(cfg.write).parent.mkdir(parents=True, exist_ok=True)  # if it can't be, then now
     if cfg.only_row is not None and cfg.only_row >= len(wanted):
         raise UserError(f"only_row={cfg.only_row}: there are rows 0 to {len(wanted) - 1}")
     official = cfg.only_row is not None and wanted[cfg.only_row][2] == "official"
@@ -385,6 +392,7 @@ def main(argv):
         row.step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024), flush=True)
         for _ in sys.stdin:
+            row.step()  # after the others' turns, in which this process idled
             print(row.turn(cfg.steps), flush=True)
         return
     peak = train.peak_flops(device)
@@ -417,7 +425,7 @@ def main(argv):
             peak_gib=peaks[i] / 2**30 if cfg.memory and peaks[i] else None,
             concept_share=statistics.median(a / b for a, b in zip(asking[i], whole[i])) if asking[i] else None,
             concept_flops_share=row.concept_flops / row.flops if asking[i] else None, rounds=cfg.rounds, steps=cfg.steps))
-    print(f"{machine}; {cfg.rounds} rounds of {cfg.steps} step{'s' * (cfg.steps > 1)}\n\n{table(found)}")
+    print(f"{machine}; {cfg.rounds} round{'s' * (cfg.rounds > 1)} of {cfg.steps} step{'s' * (cfg.steps > 1)}\n\n{table(found)}")
     if cfg.parts:
         for row, result in zip(rows, found):
             if row.kind == "official":

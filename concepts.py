@@ -657,7 +657,8 @@ def main(argv):
         print(f"labels: {write_labels(concept_model, cfg, meta['vocab_size'], device)}")
         return
     if given := [f.name for f in fields(LabelKeys) if f.name != "device" and getattr(cfg, f.name) != f.default]:
-        raise UserError(f"--{given[0]} is for --write_labels; the report is of a run, with the run's own")
+        what = next((arg for arg in argv if arg.endswith(".py") and not arg.startswith("-")), f"--{given[0]}")
+        raise UserError(f"{what} is for --write_labels; the report is of a run, with the run's own")
     path = find_checkpoint(rest[0] if rest else None)
     content = load_checkpoint(path, RUN)
     insert, mix = content["model_config"]["insert"], content["model_config"]["mix"]

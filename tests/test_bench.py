@@ -49,6 +49,14 @@ def test_rows_are_measured_side_by_side(chain, dataset, tmp_path):
             "optimizer"} == set(rows[1]["parts"])
 
 
+def test_the_official_recipe_makes_its_labels_itself(chain, dataset, tmp_path):
+    (tmp_path / "mine.py").write_text(f'method = "cocomix"\nlabels = "disk"\nconcept_model = "{chain["gpt"]}"\nsae = "{chain["sae"]}"\n')
+    status, out, err = run(bench.main, tmp_path / "mine.py", *TINY, f"--dataset={dataset}", "--disk", "--official", "--rounds=1", "--memory=false", f"--write={tmp_path / 'b.jsonl'}")
+    assert status == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
+    assert [r["row"] for r in rows] == ["mine", "mine, official"] and rows[0]["flops_per_token"] < rows[1]["flops_per_token"]
+
+
 @pytest.mark.slow
 def test_peak_memory_is_of_a_process_for_each_row(dataset, tmp_path):
     (tmp_path / "ntp.py").write_text("")

@@ -1,4 +1,4 @@
-"""Where a step's time goes, by kind of kernel: why CoCoMix does fewer FLOPs a second than NTP.
+"""Where a step's time goes, by kind of kernel, NTP's beside CoCoMix's.
 
     python results/speed-cpu/kernels.py            # after make demo; writes kernels.md
 
@@ -33,6 +33,8 @@ def main():
                               ("cocomix_69m", 4, ("--labels=disk", "--batch_size=2", "--block_size=256"))):
         cfg, _ = config.parse(bench.Config, [str(ROOT / f"config/{name}.py"), *keys], most=0)
         row = bench.Row(name, cfg, torch.device("cpu"))
+        for _ in range(steps):  # until the process has taken all the memory that it keeps
+            row.step()
         with profile(activities=[ProfilerActivity.CPU]) as measured:
             for _ in range(steps):
                 row.step()

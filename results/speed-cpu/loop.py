@@ -1,4 +1,4 @@
-"""What a run takes beside its steps: the start, waiting for batches, evaluation, checkpoints.
+"""What a run takes beside its steps: the start, waiting for batches, evaluation.
 
     python results/speed-cpu/loop.py          # after make demo; writes loop.md
 

@@ -3,12 +3,12 @@
     SPARSIFY_DISABLE_TRITON=1 python results/speed-cpu/sae_training.py out/stdlib/gpt      # writes sae_training.md; needs eai-sparsify
 
 Six trainers take turns at each batch, in one process: ours as sae.py runs it, AuxK included, without AuxK, and without it at six
-times the learning rate (the best of four at the demo's width), which lowers the FVU and lets more latents die; theirs as it
-comes (SparseCoder with its signed, schedule-free optimizer at its own learning rate, no AuxK), with Adam at our learning rate, and
-that with its AuxK switched on (our weight; theirs revives d/2 latents at once, ours k_aux, and trains their decoder alone). Their
-step is their Trainer's, in its order, what it keeps of the latents that fire included, but at a constant rate; Adam is torch's fused
-one in both. All keep the memory that is freed (model.keep_freed_memory). FVU is that of held-out states after the same tokens, dead the
-share of latents that fire on none of them; the time is set against the one of ours that has AuxK where theirs has it.
+times the learning rate (tried at the demo's width), with which more latents die; theirs as it comes (SparseCoder with its signed,
+schedule-free optimizer at its own learning rate, no AuxK), with Adam at our learning rate, and that with its AuxK switched on (our
+weight; theirs revives d/2 latents at once, ours k_aux, and trains their decoder alone). Their step is their Trainer's, in its order,
+what it keeps of the latents that fire included, but at a constant rate; Adam is torch's fused one in both. All keep the memory that
+is freed (model.keep_freed_memory). FVU is that of held-out states after the same tokens, dead the share of latents that fire on none
+of them; the time is set against the one of ours that has AuxK where theirs has it.
 """
 import platform
 import statistics

@@ -10,10 +10,10 @@ needed, causal attention at half the square), so achieved FLOP/s and MFU (agains
 product that needn't be. GPT-2 and its SAE are not fetched: random weights of their shapes take the same time.
 
 --disk adds, to each CoCoMix, a row whose labels are known (from disk); --official one with the official code's recipe done
-plainly, in the paper's form: float32, dense attribution over all C, dense TopK mask, dense compress product, four separate cross-entropies, the
-concept model and its SAE with gradients; on a CPU it takes its turns in a process of its own, where glibc has its own way with
-freed memory (model.keep_freed_memory). --parts times the pieces of each row's step, alone. --count runs nothing;
-GPU hours stand in its table where results/bench-h200.jsonl (written with --write) has a config's tokens/s.
+plainly, in the paper's form: float32, dense attribution over all C, dense TopK mask, dense compress product, four separate
+cross-entropies, the concept model and its SAE with gradients; on a CPU it takes its turns in a process of its own, where glibc
+has its own way with freed memory (model.keep_freed_memory). --parts times the pieces of each row's step, alone. --count runs
+nothing; GPU hours stand in its table where results/bench-h200.jsonl (written with --write) has a config's tokens/s.
 """
 import json
 import math
@@ -405,7 +405,7 @@ def main(argv):
         if process and not elsewhere:
             process.end()
         processes.append(process if elsewhere else None)
-    rows = [Row(name, row_cfg, device, kind, process) for (name, row_cfg, kind), process in zip(wanted, processes)]
+    rows = [Row(name, row_cfg, torch.device("meta") if process else device, kind, process) for (name, row_cfg, kind), process in zip(wanted, processes)]
     if cfg.memory and device.type == "cuda":
         peaks = [peak_on_gpu(row) for row in rows]
     whole, asking = measure(rows, cfg.rounds, cfg.steps)

@@ -66,7 +66,8 @@ class Config:
 
 @torch.no_grad()
 def evaluate(content, model, device, tokens=None, batch_size=16):
-    """A checkpoint's content and its model → dict: loss (nats), perplexity, and for a CoCoMix run concept_loss, hit_rate and fixed_hit_rate."""
+    """A checkpoint's content and its model → dict: loss (nats), perplexity, and for a CoCoMix run concept_loss,
+    label_concepts (how many concepts are ever a label), hit_rate and fixed_hit_rate."""
     concept_model = concepts.of_run(content, device)
     val = data.tokens_of_run(content, "val")[:None if tokens is None else tokens + 1]
     loss, concept_loss, hits, count = 0.0, 0.0, 0.0, 0
@@ -88,7 +89,7 @@ def evaluate(content, model, device, tokens=None, batch_size=16):
     if concept_model is not None:
         row["concept_loss"] = concept_loss / count
     if model.config.insert == "concept":
-        row |= dict(hit_rate=hits / count, fixed_hit_rate=(labelled.topk(model.config.concept_k).values.sum() / labelled.sum()).item())
+        row |= dict(label_concepts=(labelled > 0).sum().item(), hit_rate=hits / count, fixed_hit_rate=(labelled.topk(model.config.concept_k).values.sum() / labelled.sum()).item())
     return row
 
 
@@ -372,7 +373,7 @@ def training(log):
 
 COLUMNS = (("run", "run", "{}"), ("method", "method", "{}"), ("mix", "mix", "{}"), ("select", "labels by", "{}"), ("loss", "val loss", "{:.4f}"), ("perplexity", "perplexity", "{:.2f}"), ("tokens", "tokens", "{:,}"),
            ("tokens_per_s", "tokens/s", "{:,.0f}"), ("seconds", "train s", "{:.0f}"), ("active_params", "active", "{:,}"), ("params", "params", "{:,}"),
-           ("concept_loss", "concept loss", "{:.3f}"), ("hit_rate", "hit rate", "{:.1%}"), ("fixed_hit_rate", "by commonest", "{:.1%}"), ("official_perplexity", "official ppl", "{:.2f}"))
+           ("concept_loss", "concept loss", "{:.3f}"), ("label_concepts", "label concepts", "{:,}"), ("hit_rate", "hit rate", "{:.1%}"), ("fixed_hit_rate", "by commonest", "{:.1%}"), ("official_perplexity", "official ppl", "{:.2f}"))
 TABLE_1 = (("run", "run", "{}"), ("tokens", "tokens", "{:,}"), *((measure, title, "{:,.2f}" if title.endswith("ppl") else "{:.1%}") for measure, title in MEASURES.items()),
            ("average_perplexity", "avg ppl", "{:,.2f}"), ("average_accuracy", "avg acc", "{:.1%}"))
 DETAILS = (("task", "task", "{}"), ("metric", "metric", "{}"), ("value", "value", "{:,.4f}"), ("stderr", "± stderr", "{:,.4f}"), ("examples", "examples", "{:,}"),

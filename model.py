@@ -253,6 +253,7 @@ class ModelConfig:
     dropout: float = 0.0
     bias: bool = True
     embedding_std: float = 0.02     # of the token embedding at the start
+    init_std: float = 0.02          # of the other matrices: GPT-2's, for 768 features
     insert: str = "none"            # what joins the hidden states: none, concept (CoCoMix), hidden (of the concept model, predicted), pause
     mix: str = "interleave"         # how: (h_1, ĉ_1, h_2, …); interleave_residual puts h + ĉ for ĉ; add: h + ĉ; none: ĉ is dropped
     insert_layer: int = 0           # at the input of this block
@@ -466,7 +467,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         for name, p in self.named_parameters():
             if p.dim() >= 2:  # GPT-2's: the projections into the residual stream scaled by their number
-                std = config.embedding_std if name == "wte.weight" else 0.02
+                std = config.embedding_std if name == "wte.weight" else config.init_std
                 nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)

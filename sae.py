@@ -18,6 +18,7 @@ import http.client
 import json
 import math
 import os
+import sys
 import time
 import urllib.request
 from dataclasses import asdict, dataclass
@@ -334,9 +335,11 @@ def make_optimizer(sae, learning_rate):
 
 @torch.no_grad()
 def report(sae, gpt, layer, tokens, block_size, device, dead_tokens):
-    """How well the SAE does on held-out tokens: FVU and L0 (active concepts a token), the share of dead latents, and
-    the model's loss plain, with the reconstruction spliced in, and with zeros instead (nats)."""
-    sums, count, error, active = dict(plain=0.0, spliced=0.0, zeros=0.0), 0, 0.0, 0.0
+    """How well the SAE does on held-out tokens: FVU and L0 (active concepts per token), the share of dead latents, the share of
+    activations that belong to the k most frequent concepts (1: the same k everywhere), and the model's loss plain, with the
+    reconstruction spliced in, and with zeros instead (nats)."""
+    sums, count, error = dict(plain=0.0, spliced=0.0, zeros=0.0), 0, 0.0
+    active = torch.zeros(len(sae.encoder), dtype=torch.long, device=device)  # how often each concept is
     first = second = 0.0
     for x, y in data.sequential(tokens, block_size, 8, gpt.config.vocab_size):
         x, y = x.to(device), y.to(device)
@@ -345,14 +348,14 @@ def report(sae, gpt, layer, tokens, block_size, device, dead_tokens):
         normal, mean, std = normalize(h)
         error += ((normal - (back - mean) / std).double() ** 2).sum()
         first, second = first + normal.double().sum((0, 1)), second + (normal.double() ** 2).sum()
-        active += (top.values > 0).sum()
+        active += torch.bincount(top.indices[top.values > 0], minlength=len(active))
         for name, state in (("plain", h), ("spliced", back), ("zeros", torch.zeros_like(h))):
             end = gpt.blocks(state, layer + 1, gpt.config.n_layer)[0]
             sums[name] += linear_cross_entropy(gpt.ln_f(end), gpt.wte.weight, y, gpt.config.vocab_size)[0].item() * y.numel()
         count += y.numel()
     loss = {name: total / count for name, total in sums.items()}
-    return dict(fvu=(error / (second - (first ** 2).sum() / count)).item(), l0=(active / count).item(),
-                dead_share=(sae.since_active >= dead_tokens).double().mean().item(),
+    return dict(fvu=(error / (second - (first ** 2).sum() / count)).item(), l0=(active.sum() / count).item(),
+                commonest_share=(active.topk(sae.k).values.sum() / active.sum()).item(), dead_share=(sae.since_active >= dead_tokens).double().mean().item(),
                 **{f"loss_{name}": value for name, value in loss.items()},
                 loss_recovered=(loss["zeros"] - loss["spliced"]) / (loss["zeros"] - loss["plain"]))
 
@@ -440,6 +443,8 @@ def main(argv):
     with data.replacing(out / "sae.pt") as file:  # the last: where it is, all is done
         torch.save({k: v.cpu() if torch.is_tensor(v) else v for k, v in sae.published().items()}, file)
     print(f"{out}: {summary(info)}")
+    if problem := degenerate(info):
+        print(f"warning: this SAE is degenerate: {problem}. Its FVU of {info['fvu']:.3f} hides that. Labels from it say little; look at the concept model's training log for spikes of grad_norm", file=sys.stderr)
 
 
 def check_layer(gpt, layer):
@@ -448,6 +453,14 @@ def check_layer(gpt, layer):
         raise UserError(f"concept_layer={layer} must leave a block above it: the concept model has {gpt.config.n_layer} blocks (0 to {gpt.config.n_layer - 2} will do)")
     if gpt.config.interleaved and layer >= gpt.config.insert_layer:
         raise UserError(f"concept_layer={layer} lies above the insertion (insert_layer={gpt.config.insert_layer}), where a token has two states")
+
+
+def degenerate(info):
+    """What is wrong with an SAE by its report, in words; "" if nothing is."""
+    problems = [f"{info['dead_share']:.0%} of the latents are dead"] if info["dead_share"] > 0.5 else []
+    if info["commonest_share"] > 0.5:
+        problems.append(f"{info['k']} of {info['n_concepts']:,} concepts have {info['commonest_share']:.0%} of the activations")
+    return " and ".join(problems)
 
 
 def summary(info):

@@ -40,6 +40,7 @@ class Config(LabelKeys):  # the keys that choose data and labels stand in concep
     dropout: float = key(0.0, "share of activations dropped", low=0, high=0.99)
     bias: bool = key(True, "biases in linear layers and LayerNorms")
     embedding_std: float = key(0.02, "of the token embedding at the start; a small width learns faster with about 1/sqrt(n_embd)", low=0)
+    init_std: float = key(0.02, "standard deviation of the other matrices at the start: GPT-2's, for 768 features; fewer features need about 0.02·sqrt(768/n_embd)", low=0)
     # concepts
     insert_layer: int = key(5, "concepts are predicted and mixed in at the input of this block", low=0)
     concept_k: int = key(32, "predicted concepts kept by TopK", low=1)
@@ -111,7 +112,7 @@ def model_config(cfg, vocab_size, n_concepts=0, hidden_size=0):
     """The ModelConfig of a run. What tells one method from another is in these few fields and in `step_losses`."""
     return ModelConfig(
         block_size=cfg.block_size, vocab_size=vocab_size, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd,
-        dropout=cfg.dropout, bias=cfg.bias, embedding_std=cfg.embedding_std, insert=inserted(cfg), mix=cfg.mix, insert_layer=cfg.insert_layer,
+        dropout=cfg.dropout, bias=cfg.bias, embedding_std=cfg.embedding_std, init_std=cfg.init_std, insert=inserted(cfg), mix=cfg.mix, insert_layer=cfg.insert_layer,
         n_concepts=n_concepts, concept_k=cfg.concept_k, hidden_size=hidden_size, distance="l2" if cfg.target == "concept" else cfg.target)
 
 

@@ -15,6 +15,7 @@ traceback). What every command shares stands here too: the progress bar, the log
 import dataclasses
 import difflib
 import fcntl
+import functools
 import json
 import math
 import os
@@ -264,8 +265,11 @@ def run(main):
 
 def progress(total, what, unit="it", disable=False, **kwargs):
     """The one progress bar: on a terminal it moves, in a log file it writes a line every ten seconds."""
-    return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, smoothing=0.05, disable=disable or RANK > 0,
-                mininterval=0.2 if sys.stderr.isatty() else 10, maxinterval=10 if sys.stderr.isatty() else 60, **kwargs)
+    moves = sys.stderr.isatty()
+    bar = tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, smoothing=0.05, disable=disable or RANK > 0,
+               mininterval=0.2 if moves else 10, maxinterval=10 if moves else 60, **kwargs)
+    bar.set_postfix_str = functools.partial(bar.set_postfix_str, refresh=moves)  # by default it draws the bar at each call
+    return bar
 
 
 def pyplot():

@@ -4,7 +4,7 @@
     python results/run.py results/stdlib-ablations --draw       # the table and the curves of what is there
 
 An experiment is a file experiment.py of plain assignments: `prepare` (commands), `before` {name: command} (models made
-once), `runs` {row: command}, `once` (rows that run with the first seed alone), `every` (keys of all runs), `seeds`, `out`,
+before the runs; SEED in a name or a command stands for a run's seed, so each seed has models of its own), `runs` {row: command}, `once` (rows that run with the first seed alone), `every` (keys of all runs), `seeds`, `out`,
 `at_once`, `panels` {title: rows} of the picture, `orders` {claim: (row said to be better, row)}, `short` (rows
 for short.md and short.png, a table and a picture of few rows), `after` {NAME.txt: command} (run once all runs are there, again when
 one of them or the command is another; what it prints is kept as that file).
@@ -14,6 +14,7 @@ later call goes on with what is missing there, or was made by another command th
 clone `before` is made anew: its models are those of the first only where the machine and the data give the same bits (a
 log's first line has a hash of the concept model).
 """
+import functools
 import itertools
 import json
 import os
@@ -79,14 +80,41 @@ class Job(NamedTuple):
         return log if whole and (log[0].get("command", self.command), log[0].get("before", self.before)) == (self.command, self.before) else None
 
 
+def models_of(e, seed):
+    """{name: command} of the models made before a seed's runs. SEED in a name or a command stands for the seed; without it all seeds share them."""
+    return {name.replace("SEED", str(seed)): command.replace("SEED", str(seed)) for name, command in e["before"].items()}
+
+
 def jobs_of(e):
     """The Jobs of an experiment, those that run once last."""
-    before, jobs = data.fingerprint(*(f"{name} {command}".encode() for name, command in e["before"].items())), []
+    jobs = []
     for seed, row in itertools.product(e["seeds"], e["runs"]):
         if row not in e["once"] or seed == e["seeds"][0]:
             name = f"{file_name(row)}-{seed}"
-            jobs.append(Job(row, seed, name, " ".join(f"{e['runs'][row]} {e['every']} --seed={seed} --out_dir={Path(e['out']) / name}".split()), before))
+            before = data.fingerprint(*(f"{name} {command}".encode() for name, command in models_of(e, seed).items()))
+            command = f"{e['runs'][row]} {e['every']}".replace("SEED", str(seed))
+            jobs.append(Job(row, seed, name, " ".join(f"{command} --seed={seed} --out_dir={Path(e['out']) / name}".split()), before))
     return sorted(jobs, key=lambda job: job.row in e["once"])
+
+
+def together(calls, at_once):
+    """Make the calls, so many at once. The first that fails ends all: its error is raised and no other call begins."""
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        for done in [pool.submit(call) for call in calls]:
+            done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def make_models(out, folder, models, threads):
+    """Make the models {name: command} one after the other, each from those before it, and copy their logs into the experiment's folder."""
+    for name, command in models.items():
+        start_over_if_edited(out / name, command)
+        call(f"{command} --out_dir={(out / name).relative_to(ROOT)} --resume", name, out / f"{name}.txt", threads)
+        shutil.copy(out / name / "log.jsonl", folder / f"{name}.jsonl")
+        if (out / name / "sae.json").is_file():
+            shutil.copy(out / name / "sae.json", folder / f"{name}.json")
 
 
 def start_over_if_edited(folder, command):
@@ -118,7 +146,8 @@ def draw(folder, e, jobs):
     if not logs:
         raise UserError(f"{folder}: no run of it is finished yet")
     for row in rows:
-        if len({log[0].get("concept_model_hash") for job in jobs if job.row == row and (log := logs.get(f"{row}-{job.seed}"))}) > 1:
+        alike = len({job.before for job in jobs}) == 1  # all seeds should have one concept model
+        if alike and len({log[0].get("concept_model_hash") for job in jobs if job.row == row and (log := logs.get(f"{row}-{job.seed}"))}) > 1:
             print(f"note: the seeds of {row!r} had different concept models; remove its older logs to make them anew")
     curves = evaluation.curves(logs)
     (folder / "table.md").write_text(evaluation.course(curves) + "\n")
@@ -188,6 +217,7 @@ def main(argv):
     folder = Path(rest[0]).resolve()
     e = read_experiment(folder / "experiment.py")
     out, at_once, jobs = ROOT / e["out"], e["at_once"], jobs_of(e)
+    threads = max(1, os.cpu_count() // at_once)
     chosen = [job for job in jobs if job.row.startswith(cfg.only or "")]
     if not chosen:
         raise UserError(f"only={cfg.only!r}: no row begins with it; there are {' | '.join(e['runs'])}")
@@ -197,30 +227,21 @@ def main(argv):
     if missing:
         for command in e["prepare"]:
             call(command, "prepare", out / "prepare.txt", None)
-        for name, command in e["before"].items():
-            start_over_if_edited(out / name, command)
-            call(f"{command} --out_dir={Path(e['out']) / name} --resume", name, out / f"{name}.txt", None)
-            shutil.copy(out / name / "log.jsonl", folder / f"{name}.jsonl")
-            if (out / name / "sae.json").is_file():
-                shutil.copy(out / name / "sae.json", folder / f"{name}.json")
+        sets = list({str(models): models for job in missing if (models := models_of(e, job.seed))}.values())  # one for all seeds, or one each
+        together([functools.partial(make_models, out, folder, models, None if len(sets) == 1 else threads) for models in sets], at_once)
 
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}; {at_once} run{'s' * (at_once > 1)} at once"
     with config.progress(len(missing), folder.name, "run", disable=not missing) as bar:
         def run(job):
             start_over_if_edited(out / job.name, f"{job.command} # before: {job.before}")
-            call(f"{job.command} --resume", job.row, out / f"{job.name}.txt", os.cpu_count() // at_once or 1)
+            call(f"{job.command} --resume", job.row, out / f"{job.name}.txt", threads)
             start, *lines = (out / job.name / "log.jsonl").read_text().splitlines()
             start = json.dumps(json.loads(start) | dict(command=job.command, before=job.before, machine=machine))
             with data.replacing(folder / f"{job.name}.jsonl") as file:
                 file.write("".join(f"{line}\n" for line in (start, *lines)).encode())
             bar.update()
             bar.set_postfix_str(job.row)
-        pool = ThreadPoolExecutor(at_once)
-        try:
-            for done in [pool.submit(run, job) for job in missing]:
-                done.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        together([functools.partial(run, job) for job in missing], at_once)
     draw(folder, e, jobs)
     if not cfg.draw and all(job.log(folder) for job in jobs):
         run_after(folder, e["after"], anew=missing)

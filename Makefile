@@ -1,7 +1,11 @@
-# make demo   the whole pipeline on a laptop: data, concept model, SAE, NTP, CoCoMix, table, picture, report, steering
-# make ablations   every baseline and ablation of the paper at the demo's size: about an hour on 2 cores; a second call goes on
-# make books  the comparison on books (BOOKS=folder of them, SIZE=cpu or gpu): hours on a CPU; a second call goes on
-# make test   the tests, about 3 minutes after the install
+# make demo        the whole pipeline on a laptop: data, concept model, SAE, NTP, CoCoMix, table, plot,
+#                  concept report, steering
+# make ablations   every baseline and ablation of the paper at the demo's size: about an hour on
+#                  2 cores; run it again to resume
+# make books       the comparison on books (BOOKS=their folder, SIZE=cpu or gpu): hours on a CPU; run
+#                  it again to resume
+# make test        ruff and the tests: about 3 minutes after the install
+# make test-all    also the slow tests (kills, soaks, comparisons with other libraries)
 PYTHON ?= python3
 PY := .venv/bin/python
 
@@ -21,10 +25,12 @@ ablations: .venv/installed
 books: .venv/installed
 	$(PY) results/run.py results/books-$(if $(filter gpu,$(SIZE)),h200,cpu)
 
-test: .venv/installed
+test: .venv/ruff
+	$(PY) -m ruff check .
 	$(PY) -m pytest -q tests -m "not slow"
 
 test-all: .venv/installed-test
+	$(PY) -m ruff check .
 	$(PY) -m pytest -q tests
 
 .venv/installed: requirements.txt
@@ -32,7 +38,11 @@ test-all: .venv/installed-test
 	$(PY) -m pip install -q -r requirements.txt
 	touch $@
 
-.venv/installed-test: .venv/installed requirements-test.txt
+.venv/ruff: .venv/installed
+	$(PY) -m pip install -q ruff
+	touch $@
+
+.venv/installed-test: .venv/ruff requirements-test.txt
 	$(PY) -m pip install -q -r requirements-test.txt
 	touch $@
 

@@ -1,19 +1,19 @@
-# CoCoMix, 1.38B active parameters, the paper's largest size.
+# CoCoMix with 1.38B active parameters, the paper's largest size.
 method = "cocomix"
 out_dir = "out/cocomix_1b"
 dataset = "openwebtext"
-concept_model = "gpt2"   # 124M, frozen: names the concepts
-sae = "openai"           # its published SAE of 32768 concepts …
-concept_layer = 5        # … after GPT-2's 6th block
-attr_k = 4               # label concepts a position
+concept_model = "gpt2"   # frozen, 124M parameters; labels come from it
+sae = "openai"           # its published SAE, 32768 concepts
+concept_layer = 5        # the SAE reads the output of GPT-2's 6th block
+attr_k = 4               # label concepts per position
 concept_weight = 0.1
-insert_layer = 5         # concepts are predicted and interleaved at the input of the 6th block
-concept_k = 32           # predicted concepts are kept by TopK
+insert_layer = 5         # predict and interleave concepts at the input of the 6th block
+concept_k = 32           # predicted concepts kept by TopK
 n_layer = 24
 n_head = 16
 n_embd = 2048
 block_size = 1024
-batch_size = 1024        # sequences: 1M tokens a step
+batch_size = 1024        # sequences: 1M tokens per step
 max_tokens = 20_000_000_000
-learning_rate = 2e-4     # falls to a tenth of it, after a warm-up over 1/300 of the steps
+learning_rate = 2e-4     # peak; warm-up over 1/300 of the steps, cosine decay to a tenth
 eval_interval = 500

@@ -1,19 +1,19 @@
-# CoCoMix, 386M active parameters, on other text than its concept model has seen: the paper's distribution shift.
-# NTP and KD beside it: config/ntp_386m.py and config/kd_386m.py with --dataset=openwebmath and an --out_dir of their own.
+# CoCoMix with 386M active parameters under the paper's distribution shift. For the baselines, run
+# config/ntp_386m.py and config/kd_386m.py with --dataset=openwebmath and another --out_dir.
 method = "cocomix"
 out_dir = "out/cocomix_openwebmath_386m"
 dataset = "openwebmath"
-concept_model = "gpt2"   # 124M, frozen: names the concepts
-sae = "openai"           # its published SAE of 32768 concepts …
-concept_layer = 5        # … after GPT-2's 6th block
-attr_k = 4               # label concepts a position
+concept_model = "gpt2"   # frozen, 124M parameters; labels come from it
+sae = "openai"           # its published SAE, 32768 concepts
+concept_layer = 5        # the SAE reads the output of GPT-2's 6th block
+attr_k = 4               # label concepts per position
 concept_weight = 0.1
-insert_layer = 5         # concepts are predicted and interleaved at the input of the 6th block
-concept_k = 32           # predicted concepts are kept by TopK
+insert_layer = 5         # predict and interleave concepts at the input of the 6th block
+concept_k = 32           # predicted concepts kept by TopK
 n_layer = 24
 n_head = 16
 n_embd = 1024
 block_size = 1024
-batch_size = 512         # sequences: 0.5M tokens a step
+batch_size = 512         # sequences: 0.5M tokens per step
 max_tokens = 20_000_000_000
-learning_rate = 3e-4     # falls to a tenth of it, after a warm-up over 1/300 of the steps
+learning_rate = 3e-4     # peak; warm-up over 1/300 of the steps, cosine decay to a tenth

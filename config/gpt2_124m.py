@@ -1,6 +1,7 @@
-# A plain GPT of GPT-2's shape, to train a concept model of one's own. Its SAE, and a student of both:
+# A plain GPT with GPT-2's shape, for training your own concept model. Next, its SAE and CoCoMix:
 #     python sae.py --concept_model=out/gpt2_124m --dataset=openwebtext --out_dir=out/sae_gpt2_124m
-#     python train.py config/cocomix_124m.py --concept_model=out/gpt2_124m --sae=out/sae_gpt2_124m --out_dir=out/cocomix_own_124m
+#     python train.py config/cocomix_124m.py --concept_model=out/gpt2_124m --sae=out/sae_gpt2_124m \
+#         --out_dir=out/cocomix_own_124m
 method = "ntp"
 out_dir = "out/gpt2_124m"
 dataset = "openwebtext"
@@ -8,6 +9,6 @@ n_layer = 12
 n_head = 12
 n_embd = 768
 block_size = 1024
-batch_size = 512         # sequences: 0.5M tokens a step
+batch_size = 512         # sequences: 0.5M tokens per step
 max_tokens = 20_000_000_000
-learning_rate = 6e-4     # falls to a tenth of it, after a warm-up over 1/300 of the steps
+learning_rate = 6e-4     # peak; warm-up over 1/300 of the steps, cosine decay to a tenth

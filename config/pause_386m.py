@@ -1,12 +1,12 @@
-# Pause vectors, the baseline of config/cocomix_386m.py: as many active parameters, the same tokens in the same order.
+# Pause vectors, a baseline for cocomix_386m.py: equal active parameters, same batches.
 method = "pause"
 out_dir = "out/pause_386m"
 dataset = "openwebtext"
-insert_layer = 5         # pause vectors are interleaved at the input of the 6th block
+insert_layer = 5         # interleave pause vectors at the input of the 6th block
 n_layer = 24
 n_head = 16
-n_embd = 1072            # CoCoMix has 1024
+n_embd = 1072            # CoCoMix: 1024
 block_size = 1024
-batch_size = 512         # sequences: 0.5M tokens a step
+batch_size = 512         # sequences: 0.5M tokens per step
 max_tokens = 20_000_000_000
-learning_rate = 3e-4     # falls to a tenth of it, after a warm-up over 1/300 of the steps
+learning_rate = 3e-4     # peak; warm-up over 1/300 of the steps, cosine decay to a tenth

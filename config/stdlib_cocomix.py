@@ -1,9 +1,10 @@
-# The demo's CoCoMix: the same tokens in the same order as config/stdlib_ntp.py, as many active parameters.
+# The demo's CoCoMix: the same batches and number of active parameters as config/stdlib_ntp.py.
 #
-# Four choices are not the paper's but the best we measured at this size (results/stdlib-ablations): h + ĉ is inserted in
-# place of ĉ, labels are the strongest concepts in place of those with the largest attribution, λ is 1, and what predicts and
-# compresses concepts learns three times as fast as the rest. The paper's form is
-#     python train.py config/stdlib_cocomix.py --mix=interleave --select=attribution --concept_weight=0.1 --concept_lr_scale=1
+# Four settings differ from the paper because they work best here (results/stdlib-ablations):
+# h + ĉ is inserted instead of ĉ, labels are the most active concepts instead of those with the
+# largest attribution, λ = 1, and the concept layers learn three times as fast. The paper's form:
+#     python train.py config/stdlib_cocomix.py --mix=interleave --select=attribution \
+#         --concept_weight=0.1 --concept_lr_scale=1
 method = "cocomix"
 mix = "interleave_residual"
 select = "activation"
@@ -13,7 +14,7 @@ out_dir = "out/stdlib/cocomix"
 dataset = "stdlib"
 concept_model = "out/stdlib/gpt"
 sae = "out/stdlib/sae"
-concept_layer = 1        # of 4 blocks (0 to 3)
+concept_layer = 1        # the second of 4 blocks
 n_layer = 4
 n_head = 2
 n_embd = 128
@@ -24,8 +25,8 @@ embedding_std = 0.08     # about 1/sqrt(n_embd)
 init_std = 0.049         # 0.02 * sqrt(768 / n_embd)
 batch_size = 4
 max_iters = 500
-learning_rate = 4e-3     # the best of three, as for NTP (results/stdlib-sweep)
-beta2 = 0.99             # batches are small
+learning_rate = 4e-3     # the best of three, for NTP, too (results/stdlib-sweep)
+beta2 = 0.99             # for small batches
 warmup_iters = 50
 eval_interval = 100
 eval_iters = 10

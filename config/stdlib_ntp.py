@@ -1,4 +1,4 @@
-# The demo's baseline: a plain GPT, wide enough to have as many active parameters as config/stdlib_cocomix.py.
+# The demo's baseline: a plain GPT with as many active parameters as config/stdlib_cocomix.py.
 method = "ntp"
 out_dir = "out/stdlib/ntp"
 dataset = "stdlib"
@@ -10,8 +10,8 @@ embedding_std = 0.08     # about 1/sqrt(n_embd)
 init_std = 0.046         # 0.02 * sqrt(768 / n_embd)
 batch_size = 4
 max_iters = 500
-learning_rate = 4e-3     # the best of three, as for CoCoMix (results/stdlib-sweep)
-beta2 = 0.99             # batches are small
+learning_rate = 4e-3     # the best of three, for CoCoMix, too (results/stdlib-sweep)
+beta2 = 0.99             # for small batches
 warmup_iters = 50
 eval_interval = 100
 eval_iters = 10

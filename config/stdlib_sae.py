@@ -1,6 +1,6 @@
 # The SAE of the demo's concept model: 2048 concepts, 16 active.
 concept_model = "out/stdlib/gpt"
-concept_layer = 1        # of 4 blocks (0 to 3): the middle
+concept_layer = 1        # the second of 4 blocks
 dataset = "stdlib"
 out_dir = "out/stdlib/sae"
 n_concepts = 2048

@@ -1,35 +1,43 @@
-"""Small datasets, models and runs that the tests share. Everything is made here; nothing is downloaded."""
+"""Small datasets, models and runs that the tests share, built here without any download."""
 import contextlib
 import io
 import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from support.runtime import run as run_command
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import config
-import data
+import sae
 import train
 from model import GPT, ModelConfig
+from support.bpe import save_bpe
+from support.log import Log
+from support.prepare import write_meta
+from support.tokens import load_tokenizer
 
 torch.set_num_threads(1)  # faster for models this small
 os.environ["OMP_NUM_THREADS"] = "1"
+OURS = "support|model|sae|concepts|train|sample|eval|bench"
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: left to make test-all")
+    config.addinivalue_line("markers", "slow: only in make test-all")
     config.addinivalue_line("markers", "cuda: needs a GPU")
     config.addinivalue_line("filterwarnings", "error")
-    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:(?!config|data|model|sae|concepts|train|sample|eval)")
+    config.addinivalue_line("filterwarnings", f"ignore::DeprecationWarning:(?!{OURS})")
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if "cuda" in item.keywords:
-            item.add_marker(pytest.mark.filterwarnings("default"))  # a GPU's libraries warn of what is not ours
+            # a GPU's libraries warn about code that is not ours
+            item.add_marker(pytest.mark.filterwarnings("default"))
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
@@ -41,18 +49,21 @@ def _seed():
 
 
 def make_dataset(folder, train_tokens=20_000, val_tokens=4_000, seed=0):
-    """A dataset with something to learn: letters, each following from the one before, nine times of ten. Tokens are bytes."""
+    """A dataset with something to learn: letters, each determined by the one before it nine times
+    out of ten. Tokens are bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "bytes.tiktoken"
-    data.save_bpe({bytes([b]): b for b in range(256)}, path)
+    save_bpe({bytes([b]): b for b in range(256)}, path)
     rng = np.random.default_rng(seed)
     successor = np.random.default_rng(1).permutation(26)
-    for split, n in (("train", train_tokens), ("val", val_tokens)):
-        follows, draws, ids = rng.random(n) < 0.9, rng.integers(8, size=n), np.zeros(n, dtype=np.int64)
+    counts = dict(train=train_tokens, val=val_tokens)
+    for split, n in counts.items():
+        follows, draws = rng.random(n) < 0.9, rng.integers(8, size=n)
+        ids = np.zeros(n, dtype=np.int64)
         for i in range(1, n):
             ids[i] = successor[ids[i - 1]] if follows[i] else draws[i]
         (97 + ids).astype("<u2").tofile(folder / f"{split}.bin")
-    data.write_meta(folder, str(path), data.load_tokenizer(str(path)), dict(train=train_tokens, val=val_tokens))
+    write_meta(folder, str(path), load_tokenizer(str(path)), counts)
     return str(folder)
 
 
@@ -61,17 +72,20 @@ def dataset(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("dataset"))
 
 
-TINY = ["--n_layer=3", "--n_head=2", "--n_embd=16", "--block_size=32", "--batch_size=4", "--max_iters=8", "--eval_interval=4", "--eval_iters=2",
-        "--log_interval=1", "--device=cpu", "--learning_rate=1e-3", "--insert_layer=1", "--concept_k=4", "--concept_layer=1"]
+TINY = ["--n_layer=3", "--n_head=2", "--n_embd=16", "--block_size=32", "--batch_size=4",
+        "--max_iters=8", "--eval_interval=4", "--eval_iters=2", "--log_interval=1", "--device=cpu",
+        "--learning_rate=1e-3", "--insert_layer=1", "--concept_k=4", "--concept_layer=1"]
+TINY_SAE = ["--n_concepts=48", "--k=6", "--concept_layer=1", "--batch_size=256", "--k_aux=8",
+            "--device=cpu"]
 
 
 def run(main, *argv):
-    """A command in this process: its exit status and what it wrote to stdout and stderr."""
+    """A command in this process: (its exit status, what it wrote to stdout, to stderr)."""
     out, err, argv_before = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = ["command", *map(str, argv)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            config.run(main)
+            run_command(main)
     except SystemExit as e:
         if isinstance(e.code, str):
             err.write(e.code + "\n")
@@ -84,30 +98,52 @@ def run(main, *argv):
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory, dataset):
     """A concept model, its SAE, an NTP and a CoCoMix run, all tiny: {name: folder}."""
-    import sae
     root = tmp_path_factory.mktemp("chain")
-    commands = [(train.main, "gpt", ["--method=ntp", "--max_iters=100", "--eval_interval=50", "--learning_rate=1e-2"]),
-                (sae.main, "sae", ["--n_concepts=48", "--k=6", "--concept_layer=1", "--batch_size=256", "--max_tokens=8192", "--k_aux=8", "--learning_rate=3e-3",
-                                   "--device=cpu", "--eval_tokens=1000", f"--concept_model={root / 'gpt'}"]),
-                (train.main, "ntp", ["--method=ntp", "--seed=1"]),
-                (train.main, "cocomix", ["--method=cocomix", f"--concept_model={root / 'gpt'}", f"--sae={root / 'sae'}", "--seed=1"])]
-    for main, name, argv in commands:
-        tiny = TINY if main is train.main else []
-        status, out, err = run(main, *tiny, f"--dataset={dataset}", f"--out_dir={root / name}", *argv)
+    labels_from = [f"--concept_model={root / 'gpt'}", f"--sae={root / 'sae'}"]
+    commands = dict(
+        gpt=(train.main, *TINY, "--method=ntp", "--max_iters=100", "--eval_interval=50",
+             "--learning_rate=1e-2"),
+        sae=(sae.main, *TINY_SAE, labels_from[0], "--max_tokens=8192", "--learning_rate=3e-3",
+             "--eval_tokens=1000"),
+        ntp=(train.main, *TINY, "--method=ntp", "--seed=1"),
+        cocomix=(train.main, *TINY, "--method=cocomix", *labels_from, "--seed=1"))
+    for name, command in commands.items():
+        status, _, err = run(*command, f"--dataset={dataset}", f"--out_dir={root / name}")
         assert status == 0, err
-    return {name: str(root / name) for _, name, _ in commands} | {"root": str(root)}
+    return {name: str(root / name) for name in commands} | {"root": str(root)}
+
+
+class StopAt:
+    """`with StopAt(5)`: a run of train.py or sae.py is interrupted, as by a crash, once it has
+    written the losses of step 5 to its log."""
+    def __init__(self, step):
+        self.step, self.write = step, Log.write
+
+    def __enter__(self):
+        def write(log, values):
+            self.write(log, values)
+            if values["step"] == self.step and ("loss" in values or "fvu" in values):
+                raise KeyboardInterrupt
+        Log.write = write
+
+    def __exit__(self, *_):
+        Log.write = self.write
 
 
 def tiny_gpt(dtype=torch.float64, **settings):
-    defaults = dict(block_size=16, vocab_size=61, n_layer=3, n_head=2, n_embd=24, insert_layer=1, n_concepts=40, concept_k=5, hidden_size=20)
-    model = GPT(ModelConfig(**{**defaults, **settings})).to(dtype)
-    for p in model.parameters():  # nothing at its neutral initial value: every term counts
-        torch.nn.init.normal_(p, mean=1.0 if p.dim() == 1 and p.shape[0] == 24 and p.requires_grad and bool((p == 1).all()) else 0.0, std=0.15)
+    """A GPT in which nothing has its neutral initial value, so that every term counts."""
+    defaults = dict(block_size=16, vocab_size=61, n_layer=3, n_head=2, n_embd=24, insert_layer=1,
+                    n_concepts=40, concept_k=5, hidden_size=20)
+    model = GPT(ModelConfig(**defaults | settings)).to(dtype)
+    for p in model.parameters():
+        gain = p.shape == (24,) and bool((p == 1).all())
+        torch.nn.init.normal_(p, mean=1.0 if gain else 0.0, std=0.15)
     return model
 
 
-class CountProducts(torch.utils._python_dispatch.TorchDispatchMode):
-    """`with CountProducts() as counter`: counter.flops of the matrix products that run, attention's not among them."""
+class CountProducts(TorchDispatchMode):
+    """`with CountProducts() as counter`: counter.flops of the matrix products that run; attention
+    is not counted."""
     def __init__(self):
         super().__init__()
         self.flops = 0

@@ -1,77 +1,106 @@
-"""The benchmark: what it compares is the same computation, and what it prints is what it measured."""
+"""The benchmark measures what it names, and prints what it measured."""
 import json
 
 import pytest
 import torch
+from conftest import TINY, run
 
 import bench
-import config
-import train
-from concepts import Guidance
-from conftest import TINY, run, tiny_gpt
-from test_concepts import concept_model
-from test_model import batch
+from support.cli import parse
+
+PARTS = {"concept forward", "concept backward", "attribution", "TopK of the SAE", "compress",
+         "concept head and loss", "lower blocks", "upper blocks", "head and loss", "optimizer"}
 
 
-def test_the_official_recipe_done_plainly_gives_our_loss_and_gradients():
-    teacher, model = concept_model(k=30), tiny_gpt(insert="concept")  # so many that four of them raise the loss everywhere
-    teacher.sae.latent_bias += 3  # and all of them active
-    (x, y, _), cfg = batch(), config.parse(train.Config, ["--method=cocomix"])[0]
-    ours = train.step_losses(model, cfg, x, y, Guidance(teacher.labels(x, y))).total
-    expected = torch.autograd.grad(ours, list(model.parameters()))
-    teacher.gpt.requires_grad_(), teacher.sae.requires_grad_()
-    plain, attributions = bench.official_losses(model, teacher, x, y, 0.1)
-    assert attributions.grad_fn is not None and all(p.grad is not None for p in teacher.gpt.parameters())  # as there
-    torch.testing.assert_close(plain, ours)
-    for a, b in zip(torch.autograd.grad(plain, list(model.parameters())), expected):
-        torch.testing.assert_close(a, b)
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_config(path, chain, method, more=""):
+    path.write_text(f'method = "{method}"\nconcept_model = "{chain["gpt"]}"\n'
+                    f'sae = "{chain["sae"]}"\n{more}')
+    return path
+
+
+def run_bench(tmp_path, dataset, *argv):
+    """(the rows of --write, stdout)"""
+    status, out, err = run(bench.main, *argv, *TINY, f"--dataset={dataset}", "--memory=false",
+                           f"--write={tmp_path / 'b.jsonl'}")
+    assert status == 0, err
+    return read_rows(tmp_path / "b.jsonl"), out
 
 
 def test_rows_are_measured_side_by_side(chain, dataset, tmp_path):
     (tmp_path / "ntp.py").write_text('method = "ntp"\n')
-    for name, method in (("mine", "cocomix"), ("taught", "cocomix_kd")):
-        (tmp_path / f"{name}.py").write_text(f'method = "{method}"\nconcept_model = "{chain["gpt"]}"\nsae = "{chain["sae"]}"\n')
-    status, out, err = run(bench.main, tmp_path / "ntp.py", tmp_path / "mine.py", tmp_path / "taught.py", *TINY, f"--dataset={dataset}", "--disk", "--official", "--rounds=2", "--parts",
-                           "--memory=false", f"--write={tmp_path / 'b.jsonl'}")
-    assert status == 0, err
-    rows = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
-    assert [r["row"] for r in rows] == ["ntp", "mine", "mine, labels from disk", "mine, official", "taught", "taught, labels from disk"]
+    files = [tmp_path / "ntp.py", write_config(tmp_path / "mine.py", chain, "cocomix"),
+             write_config(tmp_path / "taught.py", chain, "cocomix_kd")]
+    keys = ["--disk", "--official", "--rounds=2", "--parts"]
+    rows, out = run_bench(tmp_path, dataset, *files, *keys)
+    assert [r["row"] for r in rows] == ["ntp", "mine", "mine, labels from disk", "mine, official",
+                                        "taught", "taught, labels from disk"]
     assert rows[0]["speed_ratio"] == rows[0]["flop_per_s_ratio"] == 1
     for r in rows:
-        assert r["tokens_per_s"] > 0 and r["flop_per_s"] == pytest.approx(r["tokens_per_s"] * r["flops_per_token"], rel=1e-3)
-        printed = next(line for line in out.splitlines() if line.startswith(f"| {r['row']} |")).split("|")[2]
-        assert float(printed.replace(",", "")) == pytest.approx(r["tokens_per_s"], rel=1e-3) and r["mfu"] is None
-    assert 0 < rows[1]["concept_share"] < 1.5 and rows[2]["concept_share"] is None and rows[2]["flops_per_token"] < rows[1]["flops_per_token"]
-    assert rows[1]["flops_per_token"] <= rows[4]["flops_per_token"] and rows[2]["flops_per_token"] < rows[5]["flops_per_token"] < rows[4]["flops_per_token"]  # the teacher is asked all the same
-    assert 0 < rows[5]["concept_share"] < 1.5 and "concept forward" in rows[5]["parts"] and "attribution" not in rows[5]["parts"]
-    assert {"blocks", "head and loss", "optimizer"} == set(rows[0]["parts"])
-    assert {"concept forward", "concept backward", "attribution", "TopK of the SAE", "concept head and loss", "compress", "lower blocks", "upper blocks", "head and loss",
-            "optimizer"} == set(rows[1]["parts"])
+        assert r["tokens_per_s"] > 0 and r["mfu"] is None
+        flop_per_s = r["tokens_per_s"] * r["flops_per_token"]
+        assert r["flop_per_s"] == pytest.approx(flop_per_s, rel=1e-3)
+        line, = [line for line in out.splitlines() if line.startswith(f"| {r['row']} |")]
+        printed = float(line.split("|")[2].replace(",", ""))
+        assert printed == pytest.approx(r["tokens_per_s"], rel=1e-3)
+    ntp, mine, stored, _, taught, taught_stored = rows
+    assert 0 < mine["concept_share"] < 1.5 and stored["concept_share"] is None
+    flops = [r["flops_per_token"] for r in (stored, taught_stored, taught)]
+    assert flops[0] < mine["flops_per_token"] <= flops[2] and flops == sorted(set(flops))
+    # with stored labels the teacher's distribution is still needed
+    assert 0 < taught_stored["concept_share"] < 1.5
+    assert "concept forward" in taught_stored["parts"]
+    assert "attribution" not in taught_stored["parts"]
+    assert {"blocks", "head and loss", "optimizer"} == set(ntp["parts"])
+    assert set(mine["parts"]) == PARTS
 
 
-def test_the_official_recipe_makes_its_labels_itself(chain, dataset, tmp_path):
-    (tmp_path / "mine.py").write_text(f'method = "cocomix"\nlabels = "disk"\nconcept_model = "{chain["gpt"]}"\nsae = "{chain["sae"]}"\n')
-    status, out, err = run(bench.main, tmp_path / "mine.py", *TINY, f"--dataset={dataset}", "--disk", "--official", "--rounds=1", "--memory=false", f"--write={tmp_path / 'b.jsonl'}")
-    assert status == 0, err
-    rows = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
-    assert [r["row"] for r in rows] == ["mine", "mine, official"] and rows[0]["flops_per_token"] < rows[1]["flops_per_token"]
+@pytest.mark.parametrize("method, keys, missing", [
+    ("pause", "", PARTS - {"lower blocks", "upper blocks", "head and loss", "optimizer"}),
+    ("cocomix", "mix = 'none'", {"compress"}),
+    ("cocomix", "select = 'activation'\nmix = 'add'", {"concept backward", "attribution"})])
+def test_parts_follow_the_method(method, keys, missing, chain, dataset, tmp_path):
+    file = write_config(tmp_path / "mine.py", chain, method, keys)
+    (row,), _ = run_bench(tmp_path, dataset, file, "--rounds=1", "--parts")
+    assert set(row["parts"]) == PARTS - missing
+
+
+def test_the_official_recipe_computes_its_own_labels(chain, dataset, tmp_path):
+    file = write_config(tmp_path / "mine.py", chain, "cocomix", 'labels = "disk"\n')
+    rows, _ = run_bench(tmp_path, dataset, file, "--disk", "--official", "--rounds=1")
+    assert [r["row"] for r in rows] == ["mine", "mine, official"]
+    assert rows[0]["flops_per_token"] < rows[1]["flops_per_token"]
+
+
+def test_the_official_recipe_freezes_nothing(chain, dataset):
+    argv = ["--method=cocomix", f"--concept_model={chain['gpt']}", f"--sae={chain['sae']}"]
+    cfg, _ = parse(bench.Config, [*TINY, f"--dataset={dataset}", *argv])
+    row = bench.Row("mine", cfg, torch.device("cpu"), "official")
+    assert row.held.grad_fn is not None
+    assert all(p.grad is not None for p in row.concept_model.gpt.parameters())
 
 
 @pytest.mark.slow
-def test_peak_memory_is_of_a_process_for_each_row(dataset, tmp_path):
+def test_peak_memory_is_that_of_a_process_per_row(dataset, tmp_path):
     (tmp_path / "ntp.py").write_text("")
-    status, out, err = run(bench.main, tmp_path / "ntp.py", *TINY, f"--dataset={dataset}", "--rounds=1", f"--write={tmp_path / 'b.jsonl'}")
-    assert status == 0 and 0.05 < json.loads((tmp_path / "b.jsonl").read_text())["peak_gib"] < 3, err
+    argv = [*TINY, f"--dataset={dataset}", "--rounds=1", f"--write={tmp_path / 'b.jsonl'}"]
+    status, _, err = run(bench.main, tmp_path / "ntp.py", *argv)
+    assert status == 0 and 0.05 < read_rows(tmp_path / "b.jsonl")[0]["peak_gib"] < 3, err
 
 
-def test_a_concept_model_that_a_run_does_not_ask_is_not_timed(chain, dataset):
-    cfg, _ = config.parse(bench.Config, [*TINY, f"--dataset={dataset}", "--method=cocomix", f"--concept_model={chain['gpt']}", f"--sae={chain['sae']}", "--concept_weight=0"])
+def test_a_concept_model_that_a_run_does_not_need_is_not_timed(chain, dataset):
+    argv = ["--method=cocomix", f"--concept_model={chain['gpt']}", f"--sae={chain['sae']}",
+            "--concept_weight=0"]
+    cfg, _ = parse(bench.Config, [*TINY, f"--dataset={dataset}", *argv])
     row = bench.Row("mixing only", cfg, torch.device("cpu"))
     assert row.concept_model is None and row.concept_flops == 0
-    status, _, err = run(bench.main, "config/stdlib_ntp.py", "--count", "--dataset=typo")
-    assert status == 1 and "no dataset 'typo'" in err
 
 
-def test_without_a_config_file_it_says_so():
+def test_errors_are_one_line():
     status, _, err = run(bench.main, "--rounds=1")
     assert status == 1 and "name config files" in err
+    status, _, err = run(bench.main, "config/stdlib_ntp.py", "--count", "--dataset=typo")
+    assert status == 1 and "no dataset 'typo'" in err

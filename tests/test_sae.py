@@ -1,102 +1,151 @@
-"""The SAE: its files, its losses against dense formulas, its training."""
+"""The SAE: its losses against dense formulas, its file layout, its training."""
 import json
+import shutil
 from pathlib import Path
+
+from support.runtime import UserError
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY_SAE, StopAt, run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sae as sae_module
-from config import read_log
-from conftest import run
-from sae import SAE, geometric_median, initialize, load_sae, losses, normalize, project_gradient_, variance_share
+from model import load_gpt
+from sae import SAE, Config, initialize, load_sae, losses, train_step, variance_share
+from support import reference
+from support.activations import check_layer, geometric_median, hidden_states
+from support.kernels import normalize
+from support.log import read_log
+from support.published import sae_file
+from support.sae_run import report
+from support.tokens import load_tokens, sequential
+
+CPU = torch.device("cpu")
+
+
+def normal(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
 
 
 def make(d=12, C=30, k=4):
     sae = SAE(d, C, k).double()
-    initialize(sae, torch.randn(400, d, dtype=torch.float64), torch.Generator().manual_seed(0))
+    initialize(sae, normal(400, d), torch.Generator().manual_seed(0))
     return sae
 
 
-def dense(sae, x):
-    """c, c_pre of the plain formula, all (N, C)."""
-    pre = (x - sae.pre_bias) @ sae.encoder.T + sae.latent_bias
-    values, indices = pre.topk(sae.k)
-    return torch.zeros_like(pre).scatter(-1, indices, values.relu()), pre
+# -- losses and steps ------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("few", [0, 16], ids=["AuxK sparse", "AuxK dense"])
-def test_losses_and_gradients_equal_the_dense_formulas(monkeypatch, few):
-    monkeypatch.setattr(sae_module, "FEW", few)
-    sae, x = make(), torch.randn(50, 12, dtype=torch.float64)
+@pytest.mark.parametrize("k_aux, n_dead", [(5, 11), (1, 20)], ids=["AuxK dense", "AuxK sparse"])
+def test_losses_and_gradients_equal_the_dense_formulas(k_aux, n_dead):
+    sae, x = make(), normal(50, 12)
+    assert (n_dead <= 16 * k_aux) == (k_aux == 5)  # the limit between the two forms of AuxK
     dead = torch.zeros(30, dtype=torch.bool)
-    dead[torch.randperm(30)[:11]] = True
-    c, pre = dense(sae, x)
+    dead[torch.randperm(30)[:n_dead]] = True
+    pre, c = reference.sae_preactivations(sae, x), reference.sae_encode(sae, x)
     residual = x - (c @ sae.decoder + sae.pre_bias)
     fvu = residual.pow(2).sum() / (x - x.mean(0)).pow(2).sum()
     target = residual.detach()
-    values, indices = pre.masked_fill(~dead, -torch.inf).topk(5)
+    values, indices = pre.masked_fill(~dead, -torch.inf).topk(k_aux)
     rebuilt = torch.zeros_like(pre).scatter(-1, indices, values.relu()) @ sae.decoder
     aux = (target - rebuilt).pow(2).sum() / (target - target.mean(0)).pow(2).sum()
-    ours_fvu, ours_aux, top = losses(sae, x, dead, 5)
+    ours_fvu, ours_aux, top = losses(sae, x, dead, k_aux)
     torch.testing.assert_close(ours_fvu, fvu)
     torch.testing.assert_close(ours_aux, aux)
+    torch.testing.assert_close(torch.zeros_like(pre).scatter(-1, top.indices, top.values), c)
     parameters = list(sae.parameters())
-    for a, b in zip(torch.autograd.grad(ours_fvu + ours_aux / 32, parameters), torch.autograd.grad(fvu + aux / 32, parameters)):
+    ours = torch.autograd.grad(ours_fvu + ours_aux / 32, parameters)
+    expected = torch.autograd.grad(fvu + aux / 32, parameters)
+    for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b)
-    assert losses(sae, x, torch.zeros_like(dead), 5)[1] == 0
+    assert losses(sae, x, torch.zeros_like(dead), k_aux)[1] == 0
+    assert losses(sae, x, dead, 0)[1] == 0
 
 
-def test_no_dense_tensor_is_kept_for_the_backward_or_made_in_it():
-    from torch.utils._python_dispatch import TorchDispatchMode
+class Sizes(TorchDispatchMode):
+    """`with Sizes(sizes)`: appends the size of every tensor that an operation returns."""
+    def __init__(self, sizes):
+        super().__init__()
+        self.sizes = sizes
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        several = out if isinstance(out, (tuple, list)) else [out]
+        self.sizes += [t.numel() for t in several if torch.is_tensor(t)]
+        return out
+
+
+def test_the_backward_keeps_and_computes_no_dense_tensor():
     N, C = 600, 512
-    sae, x = SAE(16, C, 4), torch.randn(N, 16)
-    sizes = []
+    sae, x, sizes = SAE(16, C, 4), torch.randn(N, 16), []
 
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-            out = f(*args, **kwargs or {})
-            sizes.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t))
-            return out
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+    def pack(t):
+        sizes.append(t.numel())
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         fvu, aux, _ = losses(sae, x, torch.arange(C) % 2 == 0, 8)
     assert len(sizes) > 10
-    with Sizes():
+    with Sizes(sizes):
         (fvu + aux).backward()
     assert max(sizes) < N * C / 2 and sae.encoder.grad is not None
 
 
-def test_reconstruction_puts_mean_and_scale_back():
-    sae, h = make(), 3 + 5 * torch.randn(20, 12, dtype=torch.float64)
-    mean, std = h.mean(-1, keepdim=True), h.std(-1, keepdim=True)
-    c, _ = dense(sae, (h - mean) / (std + 1e-5))
-    torch.testing.assert_close(sae(h)[0], (c @ sae.decoder + sae.pre_bias) * std + mean)
+def test_reconstruction_restores_mean_and_scale():
+    sae, h = make(), 3 + 5 * normal(20, 12)
+    x, mean, std = reference.normalize(h)
+    expected = reference.sae_decode(sae, reference.sae_encode(sae, x), mean, std)
+    torch.testing.assert_close(sae(h)[0], expected)
 
 
 def test_initialization():
     sae = make(d=32, C=256, k=8)
     torch.testing.assert_close(sae.decoder.norm(dim=1), torch.ones(256, dtype=torch.float64))
     torch.testing.assert_close(F.normalize(sae.encoder, dim=1), sae.decoder)
-    unit = F.normalize(torch.randn(2000, 32, dtype=torch.float64), dim=1)
+    unit = F.normalize(normal(2000, 32), dim=1)
     back = sae.decode(sae.encode(unit + sae.pre_bias)) - sae.pre_bias
     assert back.norm(dim=1).mean().item() == pytest.approx(1, abs=0.1)
 
 
-def test_geometric_median_has_the_least_summed_distance():
-    x = torch.cat((torch.randn(99, 3, dtype=torch.float64), torch.full((20, 3), 50.0, dtype=torch.float64)))
+def test_geometric_median_has_the_smallest_summed_distance():
+    x = torch.cat((normal(99, 3), torch.full((20, 3), 50.0, dtype=torch.float64)))
     point = geometric_median(x, 1000)
-    total = lambda p: (x - p).norm(dim=1).sum()
-    assert all(total(point) <= total(point + 0.01 * torch.randn(3, dtype=torch.float64)) for _ in range(50))
+
+    def total(p):
+        return (x - p).norm(dim=1).sum()
+    assert all(total(point) <= total(point + 0.01 * normal(3)) for _ in range(50))
     assert point.norm() < 1 < x.mean(0).norm()
 
 
-def test_projected_gradient_leaves_the_directions_length_alone():
-    sae, x = make(), torch.randn(50, 12, dtype=torch.float64)
-    losses(sae, x, torch.zeros(30, dtype=torch.bool), 0)[0].backward()
-    before = sae.decoder.grad.clone()
-    project_gradient_(sae)
-    assert (sae.decoder.grad * sae.decoder).sum(1).abs().max() < 1e-12
-    assert ((before * sae.decoder).sum(1).abs() > 1e-6).any()
+def test_a_step_moves_directions_only_across_themselves_and_keeps_them_at_unit_norm():
+    """Plain gradient descent, whose step is the gradient itself."""
+    sae, x, cfg = make(), normal(50, 12), Config(k_aux=0)
+    before = sae.decoder.detach().clone()
+    raw, = torch.autograd.grad(losses(sae, x, torch.zeros(30, dtype=torch.bool), 0)[0], sae.decoder)
+    assert ((raw * before).sum(1).abs() > 1e-6).any()
+    train_step(sae, torch.optim.SGD(sae.parameters(), lr=0.1), x, cfg, 1000, 0)
+    across = raw - (raw * before).sum(1, keepdim=True) * before
+    assert (sae.decoder.grad * before).sum(1).abs().max() < 1e-12
+    torch.testing.assert_close(sae.decoder.grad, across)
+    torch.testing.assert_close(sae.decoder.detach(), F.normalize(before - 0.1 * across, dim=1))
+
+
+def test_a_step_counts_how_often_and_how_strongly_latents_fire():
+    sae, cfg = make(), Config(k_aux=0)
+    optimizer = torch.optim.SGD(sae.parameters(), lr=0.0)
+    sae.since_active.fill_(7)
+    batches = [normal(5, 12), normal(5, 12)]
+    dense = [reference.sae_encode(sae, x).detach() for x in batches]
+    for step, x in enumerate(batches):
+        train_step(sae, optimizer, x, cfg, 1000, step)
+    fired = [(c > 1e-3).double() for c in dense]
+    frequency = torch.stack([f.mean(0) for f in fired]).mean(0)  # both steps weigh the same
+    torch.testing.assert_close(sae.frequency, frequency)
+    mean_square = torch.stack([(c ** 2).mean(0) for c in dense]).mean(0)
+    torch.testing.assert_close(sae.mean_square, mean_square)
+    first, last = ((f.sum(0) > 0) for f in fired)
+    expected = torch.where(last, 0, torch.where(first, 5, 17))
+    assert torch.equal(sae.since_active, expected) and len(expected.unique()) == 3
 
 
 def test_variance_share_is_one_for_the_mean():
@@ -104,88 +153,113 @@ def test_variance_share_is_one_for_the_mean():
     assert variance_share(x - x.mean(0), x).item() == pytest.approx(1)
 
 
-def test_file_round_trip_in_the_published_layout(tmp_path):
+# -- files -----------------------------------------------------------------------------------------
+
+def test_a_file_in_the_published_layout_is_written_and_read(tmp_path):
     sae = make().float()
     sae.frequency.uniform_()
-    torch.save(sae.published(), tmp_path / "5.pt")
+    torch.save(sae_file(sae), tmp_path / "5.pt")
     state = torch.load(tmp_path / "5.pt", weights_only=True)
-    assert set(state) == {"pre_bias", "encoder.weight", "latent_bias", "decoder.weight", "stats_last_nonzero",
-                          "latents_activation_frequency", "latents_mean_square", "activation", "activation_state_dict"}
+    assert set(state) == {"pre_bias", "encoder.weight", "latent_bias", "decoder.weight",
+                          "stats_last_nonzero", "latents_activation_frequency",
+                          "latents_mean_square", "activation", "activation_state_dict"}
     assert state["encoder.weight"].shape == (30, 12) and state["decoder.weight"].shape == (12, 30)
-    assert state["activation"] == "TopK" and state["activation_state_dict"] == {"k": 4, "postact_fn": "ReLU"}
-    again = load_sae(str(tmp_path / "5.pt"), layer=5, d=12)
-    h = torch.randn(7, 12)
+    assert state["activation"] == "TopK"
+    assert state["activation_state_dict"] == {"k": 4, "postact_fn": "ReLU"}
+    again, h = load_sae(str(tmp_path / "5.pt"), layer=5, d=12), torch.randn(7, 12)
     assert torch.equal(again(h)[0], sae(h)[0]) and torch.equal(again.frequency, sae.frequency)
+    assert not any(p.requires_grad for p in again.parameters())
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_the_reconstruction_equals_eai_sparsifys(monkeypatch):
+def test_reconstructions_equal_those_of_eai_sparsify(monkeypatch):
     monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "1")
     sparsify = pytest.importorskip("sparsify", reason="needs eai-sparsify (requirements-test.txt)")
     sae, x = make(d=24, C=64, k=6).float(), torch.randn(40, 24)
     theirs = sparsify.SparseCoder(24, sparsify.SparseCoderConfig(num_latents=64, k=6))
+    pairs = ((sae.encoder, theirs.encoder.weight), (sae.latent_bias, theirs.encoder.bias),
+             (sae.decoder, theirs.W_dec), (sae.pre_bias, theirs.b_dec))
     with torch.no_grad():
         sae.latent_bias.normal_(std=0.1)
-        for ours, own in ((sae.encoder, theirs.encoder.weight), (sae.latent_bias, theirs.encoder.bias), (sae.decoder, theirs.W_dec), (sae.pre_bias, theirs.b_dec)):
-            own.copy_(ours)
+        for our_weight, their_weight in pairs:
+            their_weight.copy_(our_weight)
         torch.testing.assert_close(sae.decode(sae.encode(x)), theirs(x).sae_out)
 
+
+# -- training --------------------------------------------------------------------------------------
 
 def test_training_lowers_fvu_and_reports(chain):
     folder = Path(chain["sae"])
     log, info = read_log(folder / "log.jsonl"), json.loads((folder / "sae.json").read_text())
     assert log[-1]["fvu"] < 0.75 * log[0]["fvu"]
     assert 0 < info["fvu"] < 1 and 0 < info["l0"] <= 6
-    assert info["loss_plain"] <= info["loss_spliced"] <= info["loss_zeros"]
-    assert info["loss_recovered"] == pytest.approx((info["loss_zeros"] - info["loss_spliced"]) / (info["loss_zeros"] - info["loss_plain"]))
+    plain, spliced, zeros = (info[f"loss_{name}"] for name in ("plain", "spliced", "zeros"))
+    assert plain <= spliced <= zeros
+    assert info["loss_recovered"] == pytest.approx((zeros - spliced) / (zeros - plain))
     sae = load_sae(chain["sae"], layer=1, d=16)
     torch.testing.assert_close(sae.decoder.norm(dim=1), torch.ones(48), atol=1e-5, rtol=0)
 
 
-def test_report_on_a_perfect_and_a_useless_sae(chain, dataset):
-    """An SAE that gives the state back recovers all of the loss; one that gives the bias alone has an FVU near 1."""
-    import data
-    from model import load_gpt
-    gpt, _ = load_gpt(chain["gpt"])
-    tokens = data.load_tokens(dataset, "val")[:641]
+class Perfect(SAE):
+    """Returns the hidden state itself."""
+    def forward(self, h):
+        return h, super().forward(h)[1]
 
-    class Perfect(SAE):
-        def forward(self, h):
-            return h, super().forward(h)[1]
-    result = sae_module.report(Perfect(16, 48, 6), gpt, 1, tokens, 32, torch.device("cpu"), 10)
-    assert result["fvu"] == pytest.approx(0, abs=1e-6) and result["loss_recovered"] == pytest.approx(1)
+
+def test_the_report_on_a_perfect_and_on_a_useless_sae(chain, dataset):
+    """A perfect SAE recovers all of the loss; one that returns only its bias has an FVU near 1."""
+    gpt, _ = load_gpt(chain["gpt"])
+    tokens = load_tokens(dataset, "val")[:641]
+
+    def reported(sae):
+        return report(sae, gpt, 1, tokens, 32, CPU, 10)
+    found = reported(Perfect(16, 48, 6))
+    assert found["fvu"] == pytest.approx(0, abs=1e-6)
+    assert found["loss_recovered"] == pytest.approx(1)
     useless = SAE(16, 48, 6)
-    x = torch.cat([normalize(sae_module.hidden_states(gpt, x, 1))[0].flatten(0, 1) for x, _ in data.sequential(tokens, 32, 8, 257)])
+    states = [normalize(hidden_states(gpt, x, 1))[0] for x, _ in sequential(tokens, 32, 8, 257)]
     with torch.no_grad():
-        useless.pre_bias.copy_(x.mean(0))
+        useless.pre_bias.copy_(torch.cat([x.flatten(0, 1) for x in states]).mean(0))
         useless.encoder.zero_()
-    assert sae_module.report(useless, gpt, 1, tokens, 32, torch.device("cpu"), 10)["fvu"] == pytest.approx(1, abs=1e-4)
+    assert reported(useless)["fvu"] == pytest.approx(1, abs=1e-4)
+
+
+def test_layers_without_one_state_per_token_are_refused(chain):
+    gpt, _ = load_gpt(chain["cocomix"])
+    check_layer(gpt, 0)
+    with pytest.raises(UserError, match="concept_layer=1 is above the concept model's own mixer"):
+        check_layer(gpt, 1)
+    with pytest.raises(UserError, match="concept_layer=2 must leave a block above it.*3 blocks"):
+        check_layer(gpt, 2)
 
 
 @pytest.mark.parametrize("stop", [3, 8])
 def test_resume_equals_uninterrupted(chain, dataset, tmp_path, stop):
-    argv = ["--n_concepts=48", "--k=6", "--concept_layer=1", "--batch_size=256", "--max_tokens=3072", "--k_aux=8", "--device=cpu", "--eval_tokens=500",
-            f"--concept_model={chain['gpt']}", f"--dataset={dataset}", "--save_interval=1", "--log_interval=1", "--dead_tokens=600", "--buffer=3"]
+    argv = [*TINY_SAE, "--max_tokens=3072", "--eval_tokens=500", "--save_interval=1",
+            "--log_interval=1", "--dead_tokens=600", "--buffer=3", f"--dataset={dataset}",
+            f"--concept_model={chain['gpt']}"]
     assert run(sae_module.main, *argv, f"--out_dir={tmp_path / 'a'}")[0] == 0
-    stopped = []
-
-    class StopAt(sae_module.config.Log):
-        def write(self, values):
-            super().write(values)
-            if values["step"] == stop and not stopped:
-                stopped.append(1)
-                raise KeyboardInterrupt
-    keep = sae_module.config.Log
-    sae_module.config.Log = StopAt
-    try:
+    with StopAt(stop):
         assert run(sae_module.main, *argv, f"--out_dir={tmp_path / 'b'}")[0] == 130
-    finally:
-        sae_module.config.Log = keep
     status, _, err = run(sae_module.main, *argv, f"--out_dir={tmp_path / 'b'}", "--resume")
     assert status == 0, err
-    a, b = (torch.load(tmp_path / n / "sae.pt", weights_only=True) for n in "ab")
-    assert all(torch.equal(a[k], b[k]) for k in a if torch.is_tensor(a[k]))
-    a, b = (read_log(tmp_path / n / "log.jsonl") for n in "ab")
+    a, b = (torch.load(tmp_path / name / "sae.pt", weights_only=True) for name in "ab")
+    assert all(torch.equal(t, b[name]) for name, t in a.items() if torch.is_tensor(t))
+    a, b = (read_log(tmp_path / name / "log.jsonl") for name in "ab")
     assert [line["step"] for line in b] == list(range(1, 13))
     assert [line["fvu"] for line in a] == [line["fvu"] for line in b]
+
+
+def test_a_finished_sae_is_not_trained_again(chain, dataset, tmp_path):
+    folder = shutil.copytree(chain["sae"], tmp_path / "sae")
+    argv = [*TINY_SAE, "--max_tokens=8192", "--learning_rate=3e-3", "--eval_tokens=1000",
+            f"--dataset={dataset}", f"--concept_model={chain['gpt']}", f"--out_dir={folder}"]
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    status, out, err = run(sae_module.main, *argv, "--resume")
+    assert status == 0 and "already trained (32 steps)" in out, err
+    status, _, err = run(sae_module.main, *argv)
+    assert status == 1 and "--resume continues it" in err
+    status, _, err = run(sae_module.main, *argv, "--resume", "--seed=2")
+    assert status == 1 and "seed=1337" in err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

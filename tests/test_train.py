@@ -1,4 +1,4 @@
-"""The training loop: it learns, it resumes bit for bit, it stops cleanly; and the commands around it."""
+"""Training: it learns, resumes bit for bit and stops cleanly; the schedule and the optimizer."""
 import json
 import math
 import signal
@@ -7,290 +7,316 @@ import sys
 import time
 from pathlib import Path
 
+from support.runtime import UserError
+
 import pytest
 import torch
+from conftest import TINY, StopAt, make_dataset, run
 
-import concepts
-import data
 import eval as evaluation
 import train
-from config import UserError, read_log
-from conftest import TINY, make_dataset, run
-from model import load_checkpoint, load_model
+from model import load_model
+from support.checkpoint import load_checkpoint
+from support.log import read_log
+from support.training import read_config
 
 ROOT = Path(train.__file__).resolve().parent
+CPU = torch.device("cpu")
 
 
-def argv(dataset, out, *more):
+def arguments(dataset, out, *more):
     return [*TINY, f"--dataset={dataset}", f"--out_dir={out}", *more]
 
 
-def cocomix(chain):
-    return ["--method=cocomix", f"--concept_model={chain['gpt']}", f"--sae={chain['sae']}"]
+def teaching(chain):
+    return [f"--concept_model={chain['gpt']}", f"--sae={chain['sae']}"]
 
+
+def cocomix(chain):
+    return ["--method=cocomix", *teaching(chain)]
+
+
+def trained(*argv):
+    """Train; it must succeed."""
+    status, _, err = run(train.main, *argv)
+    assert status == 0, err
+
+
+def evaluated(folder, *more):
+    """Evaluate a run; it must succeed → its row."""
+    path = folder / "row.jsonl"
+    status, _, err = run(evaluation.main, folder, "--device=cpu", f"--write={path}", *more)
+    assert status == 0, err
+    return json.loads(path.read_text())
+
+
+def values_of(log, name):
+    return [line[name] for line in log if name in line]
+
+
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+# -- methods ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("method", ["ntp", "kd", "pause", "pause_kd", "cocomix", "cocomix_kd"])
 def test_sixty_steps_lower_the_loss(chain, dataset, tmp_path, method):
-    more = cocomix(chain)[1:] if method != "ntp" else []
-    status, out, err = run(train.main, *argv(dataset, tmp_path, "--max_iters=60", "--eval_interval=60", "--learning_rate=1e-2", f"--method={method}", *more))
-    assert status == 0, err
+    more = [] if method == "ntp" else teaching(chain)
+    trained(*arguments(dataset, tmp_path, "--max_iters=60", "--eval_interval=60",
+                       "--learning_rate=1e-2", f"--method={method}", *more))
     log = read_log(tmp_path / "log.jsonl")
-    val = [line["val_loss"] for line in log if "val_loss" in line]
-    assert len(val) == 2 and val[1] < val[0] - 0.25
-    steps = [line for line in log if "loss" in line]
-    assert all(("kl" in line) == method.endswith("kd") and ("concept_loss" in line) == method.startswith("cocomix") for line in steps)
-    if "kl" in steps[0]:
-        assert 0 < steps[-1]["kl"] < steps[0]["kl"] - 0.1
-    if "concept_loss" in steps[0]:
-        concept = [line["val_concept_loss"] for line in log if "val_loss" in line]
-        assert concept[1] < concept[0] - 0.1
+    first, last = values_of(log, "val_loss")
+    assert last < first - 0.25
+    taught, predicts = method.endswith("kd"), method.startswith("cocomix")
+    assert len(values_of(log, "loss")) == 60
+    assert len(values_of(log, "kl")) == (60 if taught else 0)
+    assert len(values_of(log, "concept_loss")) == (60 if predicts else 0)
+    if taught:
+        kl = values_of(log, "kl")
+        assert 0 < kl[-1] < kl[0] - 0.1
+    if predicts:
+        first, last = values_of(log, "val_concept_loss")
+        assert last < first - 0.1
 
 
-@pytest.mark.parametrize("keys", [["--target=l1"], ["--target=l2", "--mix=add"], ["--target=cos", "--mix=interleave_residual"], ["--target=l2", "--mix=none"], ["--mix=none"],
-                                  ["--concept_weight=0"], ["--concept_weight=0", "--mix=interleave_residual"], ["--mix=add"], ["--method=pause", "--mix=interleave_residual"],
-                                  ["--select=activation"], ["--attribution=paper"], ["--attribution_sign=lower"], ["--attribution_sign=abs"]], ids=" ".join)
+ABLATIONS = ["--target=l1", "--target=l2 --mix=add", "--target=cos --mix=interleave_residual",
+             "--target=l2 --mix=none", "--mix=none", "--concept_weight=0",
+             "--concept_weight=0 --mix=interleave_residual", "--mix=add",
+             "--method=pause --mix=interleave_residual", "--select=activation",
+             "--attribution=paper", "--attribution_sign=lower", "--attribution_sign=abs"]
+
+
+@pytest.mark.parametrize("keys", ABLATIONS)
 def test_every_ablation_trains_resumes_and_is_evaluated(chain, dataset, tmp_path, keys):
-    common = argv(dataset, tmp_path, "--max_iters=12", "--eval_interval=6", "--learning_rate=1e-2", *cocomix(chain), *keys)
+    argv = arguments(dataset, tmp_path, "--max_iters=12", "--eval_interval=6",
+                     "--learning_rate=1e-2", *cocomix(chain), *keys.split())
     with StopAt(7):
-        assert run(train.main, *common)[0] == 130
-    status, out, err = run(train.main, *common, "--resume")
-    assert status == 0, err
-    val = [line["val_loss"] for line in read_log(tmp_path / "log.jsonl") if "val_loss" in line]
+        assert run(train.main, *argv)[0] == 130
+    trained(*argv, "--resume")
+    val = values_of(read_log(tmp_path / "log.jsonl"), "val_loss")
     assert len(val) == 3 and val[2] < val[0]
-    status, out, err = run(evaluation.main, tmp_path, "--device=cpu", f"--write={tmp_path / 'row.jsonl'}")
-    assert status == 0, err
-    row = json.loads((tmp_path / "row.jsonl").read_text())
-    assert ("hit_rate" in row) == (row["method"] == "cocomix" and "--target" not in keys[0]) and ("concept_loss" in row) == (row["method"] == "cocomix")
+    row, predicts = evaluated(tmp_path), "--method=pause" not in keys
+    assert ("concept_loss" in row) == predicts
+    assert ("hit_rate" in row) == (predicts and "--target" not in keys)
 
 
-def test_methods_differ_by_their_own_terms_alone(chain, dataset, tmp_path):
-    """KD with weight 0 is NTP, Pause + KD with weight 0 is Pause, CoCoMix that neither predicts nor mixes is NTP."""
-    def weights(*keys):
-        out = tmp_path / "".join(keys)
-        assert run(train.main, *argv(dataset, out, *cocomix(chain), *keys, "--resume"))[0] == 0
-        return load_checkpoint(out)["model"]
-    for a, b in [(["--method=ntp"], ["--method=kd", "--kd_weight=0"]), (["--method=pause"], ["--method=pause_kd", "--kd_weight=0"]),
-                 (["--method=ntp"], ["--method=cocomix", "--mix=none", "--concept_weight=0"])]:
-        a, b = weights(*a), weights(*b)
-        for name in a:
-            torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize("one, other", [
+    ("--method=ntp", "--method=kd --kd_weight=0"),
+    ("--method=pause", "--method=pause_kd --kd_weight=0"),
+    ("--method=ntp", "--method=cocomix --mix=none --concept_weight=0"),
+])
+def test_methods_differ_only_by_their_own_terms(chain, dataset, tmp_path, one, other):
+    weights = []
+    for name, keys in (("one", one), ("other", other)):
+        trained(*arguments(dataset, tmp_path / name, *teaching(chain), *keys.split()))
+        weights.append(load_checkpoint(tmp_path / name)["model"])
+    for name, t in weights[0].items():
+        torch.testing.assert_close(t, weights[1][name], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["cocomix", "kd"])
-@pytest.mark.parametrize("shape", [["--n_layer=4", "--n_embd=24", "--n_head=3"], ["--n_layer=2", "--n_embd=8", "--n_head=1", "--block_size=16"]], ids=["weak-to-strong", "strong-to-weak"])
+@pytest.mark.parametrize("shape", ["--n_layer=4 --n_embd=24 --n_head=3",
+                                   "--n_layer=2 --n_embd=8 --n_head=1 --block_size=16"],
+                         ids=["weak-to-strong", "strong-to-weak"])
 def test_any_run_teaches_a_student_of_another_shape_on_other_text(chain, tmp_path, method, shape):
-    """By keys alone: a student larger or smaller than its concept model, on a dataset that this has not seen."""
-    other = make_dataset(tmp_path / "other", seed=9)
-    teaching = load_checkpoint(chain["gpt"])
-    assert other != teaching["train_config"]["dataset"] and teaching["model_config"]["n_layer"] == 3 and teaching["model_config"]["n_embd"] == 16
-    status, _, err = run(train.main, *argv(other, tmp_path / "run", *cocomix(chain), f"--method={method}", *shape))
-    assert status == 0, err
-    lines = read_log(tmp_path / "run" / "log.jsonl")
-    guided = [line["concept_loss" if method == "cocomix" else "kl"] for line in lines if "loss" in line]
-    assert len(guided) == 8 and all(0 < value < 10 for value in guided)
-    status, _, err = run(evaluation.main, tmp_path / "run", "--device=cpu", "--tokens=500", f"--write={tmp_path / 'r.jsonl'}")
-    assert status == 0, err
-    assert ("hit_rate" in json.loads((tmp_path / "r.jsonl").read_text())) == (method == "cocomix")
+    """The student is larger or smaller than its concept model, its dataset unknown to that."""
+    other, concept_model = make_dataset(tmp_path / "other", seed=9), load_checkpoint(chain["gpt"])
+    settings = concept_model["model_config"]
+    assert other != concept_model["train_config"]["dataset"]
+    assert (settings["n_layer"], settings["n_embd"]) == (3, 16)
+    trained(*arguments(other, tmp_path / "run", *cocomix(chain), f"--method={method}",
+                       *shape.split()))
+    term = "concept_loss" if method == "cocomix" else "kl"
+    found = values_of(read_log(tmp_path / "run" / "log.jsonl"), term)
+    assert len(found) == 8 and all(0 < value < 10 for value in found)
+    row = evaluated(tmp_path / "run", "--tokens=500")
+    assert ("hit_rate" in row) == (method == "cocomix")
 
 
-class StopAt:
-    """A Log that breaks off the run (as a crash would) when it has written the line of a step."""
-    def __init__(self, step):
-        self.step, self.Log = step, train.config.Log
+def test_methods_see_the_same_batches_in_the_same_order(dataset, chain, tmp_path, monkeypatch):
+    seen, step_losses = dict(ntp=[], cocomix=[]), train.step_losses
 
-    def __enter__(self):
-        step, Log = self.step, self.Log
-
-        class Crashing(Log):
-            def write(self, values):
-                super().write(values)
-                if values["step"] == step and "loss" in values:
-                    raise KeyboardInterrupt
-        train.config.Log = Crashing
-
-    def __exit__(self, *_):
-        train.config.Log = self.Log
+    def watched(name):
+        def losses(model, cfg, x, *more):
+            if model.training:
+                seen[name].append(x.clone())
+            return step_losses(model, cfg, x, *more)
+        return losses
+    for name, more in (("ntp", ["--n_embd=20"]), ("cocomix", cocomix(chain))):
+        monkeypatch.setattr(train, "step_losses", watched(name))
+        trained(*arguments(dataset, tmp_path / name, *more))
+    assert len(seen["ntp"]) == 8
+    assert all(torch.equal(a, b) for a, b in zip(*seen.values(), strict=True))
 
 
-@pytest.mark.parametrize("method, crash, more", [("ntp", 5, []), ("ntp", 7, ["--micro_batch_size=1", "--dropout=0.2"]), ("pause", 4, []),
-                                                 ("cocomix", 6, []), ("cocomix", 3, ["--micro_batch_size=3", "--mix=interleave_residual"])])
+# -- resuming and stopping -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method, crash, more", [
+    ("ntp", 5, []), ("ntp", 7, ["--micro_batch_size=1", "--dropout=0.2"]), ("pause", 4, []),
+    ("cocomix", 6, []), ("cocomix", 3, ["--micro_batch_size=3", "--mix=interleave_residual"]),
+])
 def test_resume_equals_uninterrupted_bit_for_bit(chain, dataset, tmp_path, method, crash, more):
-    more = (cocomix(chain) if method == "cocomix" else [f"--method={method}"]) + more + ["--eval_interval=2"]
-    assert run(train.main, *argv(dataset, tmp_path / "a", *more))[0] == 0
+    keys = [*cocomix(chain), f"--method={method}", "--eval_interval=2", *more]
+    trained(*arguments(dataset, tmp_path / "a", *keys))
     with StopAt(crash):
-        assert run(train.main, *argv(dataset, tmp_path / "b", *more))[0] == 130
-    saved = load_checkpoint(tmp_path / "b")["step"]
-    assert saved == (crash - 1) // 2 * 2  # the crash came before this step's evaluation and checkpoint
-    status, _, err = run(train.main, *argv(dataset, tmp_path / "b", "--resume", *more))
-    assert status == 0, err
+        assert run(train.main, *arguments(dataset, tmp_path / "b", *keys))[0] == 130
+    # it crashed before this step's evaluation and checkpoint
+    assert load_checkpoint(tmp_path / "b")["step"] == (crash - 1) // 2 * 2
+    trained(*arguments(dataset, tmp_path / "b", "--resume", *keys))
     a, b = (load_checkpoint(tmp_path / name) for name in "ab")
     assert a["step"] == b["step"] == 8 and a["best_val_loss"] == b["best_val_loss"]
-    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert all(torch.equal(t, b["model"][name]) for name, t in a["model"].items())
     for i, state in a["optimizer"]["state"].items():
         assert all(torch.equal(t, b["optimizer"]["state"][i][k]) for k, t in state.items())
-    a, b = (read_log(tmp_path / name / "log.jsonl") for name in "ab")
-    keep = lambda log: [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s")} for line in log]
-    assert keep(a) == keep(b)
-    assert [line["step"] for line in b if "loss" in line] == list(range(1, 9))
+    logs = [read_log(tmp_path / name / "log.jsonl") for name in "ab"]
+    for line in (*logs[0], *logs[1]):
+        for name in ("seconds", "tokens_per_s"):
+            line.pop(name, None)
+    assert logs[0] == logs[1]
+    assert [line["step"] for line in logs[1] if "loss" in line] == list(range(1, 9))
 
 
-def test_a_run_that_is_done_is_not_run_again_and_none_is_overwritten(chain, dataset):
-    before = (Path(chain["ntp"]) / "ckpt.pt").read_bytes()
-    status, out, _ = run(train.main, *argv(dataset, chain["ntp"], "--seed=1", "--resume"))
+def test_a_finished_run_is_not_run_again_and_none_is_overwritten(chain, dataset):
+    path = Path(chain["ntp"]) / "ckpt.pt"
+    before = path.read_bytes()
+    status, out, _ = run(train.main, *arguments(dataset, chain["ntp"], "--seed=1", "--resume"))
     assert status == 0 and "already trained (8 steps" in out
-    status, _, err = run(train.main, *argv(dataset, chain["ntp"], "--seed=1"))
-    assert status == 1 and "--resume goes on" in err and len(err.strip().splitlines()) == 1
-    status, _, err = run(train.main, *argv(dataset, chain["ntp"], "--seed=2", "--resume"))
+    status, _, err = run(train.main, *arguments(dataset, chain["ntp"], "--seed=1"))
+    assert status == 1 and "--resume continues it" in err and len(err.strip().splitlines()) == 1
+    status, _, err = run(train.main, *arguments(dataset, chain["ntp"], "--seed=2", "--resume"))
     assert status == 1 and "seed=1" in err
-    assert (Path(chain["ntp"]) / "ckpt.pt").read_bytes() == before
+    assert path.read_bytes() == before
 
 
-def test_both_methods_see_the_same_batches_in_the_same_order(dataset, chain, tmp_path, monkeypatch):
-    seen = {}
-    keep = train.step_losses
-    for method in ("ntp", "cocomix"):
-        def watch(model, cfg, x, y, *more):
-            if model.training:
-                seen.setdefault(method, []).append(x.clone())
-            return keep(model, cfg, x, y, *more)
-        monkeypatch.setattr(train, "step_losses", watch)
-        assert run(train.main, *argv(dataset, tmp_path / method, *(cocomix(chain) if method == "cocomix" else ["--n_embd=20"])))[0] == 0
-    assert len(seen["ntp"]) == 8 and all(torch.equal(a, b) for a, b in zip(seen["ntp"], seen["cocomix"]))
+def wait_for(condition, seconds):
+    deadline = time.time() + seconds
+    while not condition() and time.time() < deadline:
+        time.sleep(0.02)
 
 
-@pytest.mark.parametrize("micro", [1, 2, 3])
-def test_micro_batches_add_up_to_the_batch(dataset, tmp_path, micro):
-    runs = {}
-    for m in (4, micro):
-        torch.set_default_dtype(torch.float64)
-        try:
-            assert run(train.main, *argv(dataset, tmp_path / f"{m}", f"--micro_batch_size={m}", "--learning_rate=1e-3"))[0] == 0
-        finally:
-            torch.set_default_dtype(torch.float32)
-        runs[m] = load_checkpoint(tmp_path / f"{m}")["model"]
-    for name, t in runs[4].items():
-        torch.testing.assert_close(runs[micro][name], t, atol=1e-9, rtol=1e-7)
-
-
-def test_val_loss_does_not_depend_on_the_micro_batch(dataset, tmp_path):
-    losses = []
-    for micro in (1, 3, 4):
-        assert run(train.main, *argv(dataset, tmp_path / f"{micro}", "--max_iters=0", f"--micro_batch_size={micro}"))[0] == 0
-        losses.append(read_log(tmp_path / f"{micro}" / "log.jsonl")[1]["val_loss"])
-    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
-
-
-def test_learning_rate_warms_up_from_above_zero_and_ends_at_a_tenth():
-    cfg = train.Config(max_iters=600, learning_rate=1.0)
-    rates = [train.learning_rate(cfg, step) for step in range(600)]
-    assert rates[:2] == [0.5, 1.0] and rates[-1] == pytest.approx(0.1) and max(rates) == 1.0
-    assert all(a >= b for a, b in zip(rates[2:], rates[3:]))
-    middle = 2 + (599 - 2) / 2
-    assert train.learning_rate(cfg, middle) == pytest.approx(0.55)
-
-
-def test_only_matrices_and_embeddings_decay_and_what_is_inserted_has_a_rate_of_its_own(chain):
-    model = load_model(load_checkpoint(chain["cocomix"]))
-    groups = train.make_optimizer(model, train.Config(concept_lr_scale=3), torch.device("cpu")).param_groups
-    names = {id(p): n for n, p in model.named_parameters()}
-    of = lambda **wanted: {names[id(p)] for g in groups if all(g[k] == v for k, v in wanted.items()) for p in g["params"]}
-    assert {"wte.weight", "wpe.weight", "inserted.compress", "inserted.predict.weight"} <= of(weight_decay=0.1)
-    assert of(weight_decay=0) and all("bias" in name or "ln_" in name for name in of(weight_decay=0))
-    assert of(lr_scale=3) == {name for name in names.values() if name.startswith("inserted.")} and of(lr_scale=1) == set(names.values()) - of(lr_scale=3)
-    assert sum(len(g["params"]) for g in groups) == len(names)
-    assert [g["weight_decay"] for g in train.make_optimizer(model, train.Config(decay_all=True), torch.device("cpu")).param_groups] == [0.1] * 4
-
-
-def test_the_rate_of_what_is_inserted_is_that_of_the_rest_times_its_scale(chain, dataset, tmp_path):
-    argv = [*TINY, f"--dataset={dataset}", "--method=cocomix", f"--concept_model={chain['gpt']}", f"--sae={chain['sae']}", "--max_iters=1", "--warmup_iters=0"]
-    for scale in ("1", "0"):
-        assert run(train.main, *argv, f"--out_dir={tmp_path / scale}", f"--concept_lr_scale={scale}")[0] == 0
-    one, none = (load_checkpoint(tmp_path / scale)["model"] for scale in ("1", "0"))
-    for name in one:
-        assert torch.equal(one[name], none[name]) != (name.startswith("inserted.") and one[name].abs().sum() > 0), name
-
-
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
-def test_a_signal_saves_and_resume_goes_on(dataset, tmp_path, number):
-    """A real process, as a person would stop it."""
-    command = [sys.executable, str(ROOT / "train.py"), *argv(dataset, tmp_path, "--max_iters=100000", "--eval_interval=100000", "--log_interval=1")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+                                    signal.SIGINT])
+def test_a_signal_saves_and_the_run_can_resume(dataset, tmp_path, number):
+    """In a real process, as a person would stop it."""
+    argv = arguments(dataset, tmp_path, "--max_iters=100000", "--eval_interval=100000")
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *argv], text=True,
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     log = tmp_path / "log.jsonl"
-    deadline = time.time() + 60
-    while time.time() < deadline and (not log.is_file() or len(log.read_text().splitlines()) < 8):
-        time.sleep(0.1)
+    wait_for(lambda: log.is_file() and len(log.read_text().splitlines()) >= 8, 60)
     process.send_signal(number)
     err = process.communicate(timeout=30)[1]
     assert process.returncode == 128 + number
-    assert f"stopped by {number.name} at step" in err and "--resume" in err and "Traceback" not in err
+    assert f"stopped by {number.name} at step" in err and "--resume" in err
+    assert "Traceback" not in err
     step = load_checkpoint(tmp_path)["step"]
     assert step >= 5 and step == max(line["step"] for line in read_log(log))
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see that torch is being loaded")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(),
+                    reason="needs /proc to see that torch is being loaded")
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])
-def test_ctrl_c_while_libraries_are_imported_prints_no_traceback(script, tmp_path):
-    before = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen([sys.executable, str(ROOT / script), str(tmp_path)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=before)
-    deadline = time.time() + 30
-    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text() and time.time() < deadline:
-        time.sleep(0.01)
+def test_ctrl_c_during_the_imports_prints_no_traceback(script, tmp_path):
+    def default_handler():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen([sys.executable, str(ROOT / script), str(tmp_path)], text=True,
+                               stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+                               preexec_fn=default_handler)
+    maps = Path(f"/proc/{process.pid}/maps")
+    wait_for(lambda: "libtorch" in maps.read_text(), 30)
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=30)[1]
     assert process.returncode == 130 and err in ("", "stopped\n")
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(dataset, tmp_path, monkeypatch):
-    keep = train.step_losses
+    step_losses, calls = train.step_losses, []
+
     def broken(model, *args):
-        losses = keep(model, *args)
-        return losses._replace(next_token=losses.next_token * math.nan) if model.training and len(calls) > 6 else losses
-    calls = []
-    monkeypatch.setattr(train, "step_losses", lambda *a: (calls.append(1), broken(*a))[1])
-    status, _, err = run(train.main, *argv(dataset, tmp_path))
-    assert status == 1 and "not finite" in err and "ckpt.pt" in err
-    content = load_checkpoint(tmp_path)
-    assert all(t.isfinite().all() for t in content["model"].values())
+        losses = step_losses(model, *args)
+        calls.append(1)
+        if model.training and len(calls) > 6:
+            losses = losses._replace(next_token=losses.next_token * math.nan)
+        return losses
+    monkeypatch.setattr(train, "step_losses", broken)
+    status, _, err = run(train.main, *arguments(dataset, tmp_path))
+    assert status == 1 and "the loss is nan at step" in err and "not finite" in err
+    assert "ckpt.pt" in err
+    assert all(t.isfinite().all() for t in load_checkpoint(tmp_path)["model"].values())
 
 
-def test_max_iters_on_the_command_line_goes_over_a_configs_max_tokens():
-    paper = str(ROOT / "config" / "cocomix_69m.py")
-    assert train.read_config([paper]).max_iters == 38147 and train.read_config([paper, "--max_iters=100"]).max_iters == 100
-    with pytest.raises(UserError, match="exclude each other"):
-        train.read_config([paper, "--max_iters=100", "--max_tokens=1e6"])
+# -- batches ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_micro_batches_add_up_to_the_batch(dataset, tmp_path, double, micro):
+    weights = []
+    for n in (4, micro):
+        trained(*arguments(dataset, tmp_path / str(n), f"--micro_batch_size={n}"))
+        weights.append(load_checkpoint(tmp_path / str(n))["model"])
+    for name, t in weights[0].items():
+        torch.testing.assert_close(weights[1][name], t, atol=1e-9, rtol=1e-7)
 
 
-# -- the commands after training --------------------------------------------------------------------
+def test_val_loss_does_not_depend_on_the_micro_batch(dataset, tmp_path):
+    losses = []
+    for n in (1, 3, 4):
+        folder = tmp_path / str(n)
+        trained(*arguments(dataset, folder, "--max_iters=0", f"--micro_batch_size={n}"))
+        losses += values_of(read_log(folder / "log.jsonl"), "val_loss")
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
 
-def test_eval_prints_a_table_of_what_a_plain_evaluation_gives(chain, dataset, tmp_path):
-    status, out, err = run(evaluation.main, chain["ntp"], chain["cocomix"], "--device=cpu", f"--plot={tmp_path / 'c.png'}", f"--write={tmp_path / 'r.jsonl'}")
-    assert status == 0, err
-    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-    assert [row["run"] for row in rows] == ["ntp", "cocomix"] and (tmp_path / "c.png").stat().st_size > 5000
+
+# -- schedule and optimizer ------------------------------------------------------------------------
+
+def test_learning_rate_warms_up_from_above_zero_and_ends_at_a_tenth():
+    cfg = train.Config(max_iters=600, learning_rate=1.0)
+    rates = [train.learning_rate(cfg, step) for step in range(600)]
+    assert rates[:2] == [0.5, 1.0] and max(rates) == 1.0
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    middle = 2 + (599 - 2) / 2
+    assert train.learning_rate(cfg, middle) == pytest.approx(0.55)
+
+
+def test_only_matrices_and_embeddings_decay_and_the_mixer_has_its_own_learning_rate(chain):
     model = load_model(load_checkpoint(chain["cocomix"]))
-    teacher = concepts.of_run(load_checkpoint(chain["cocomix"]), torch.device("cpu"))
-    tokens = torch.tensor(data.load_tokens(dataset, "val").astype(int))
-    total, hits, n = 0.0, 0.0, 0
-    with torch.no_grad():
-        for i in range(0, len(tokens) - 1, 32):
-            x, y = tokens[None, i:i + 32][:, :len(tokens) - 1 - i], tokens[None, i + 1:i + 33]
-            total += torch.nn.functional.cross_entropy(model(x).logits[0], y[0], reduction="sum").item()
-            labels, predicted = teacher.labels(x, y)[0], model(x).concepts.indices[0]
-            hits += sum(len(set(a) & set(b)) / 4 for a, b in zip(labels.tolist(), predicted.tolist()))
-            n += y.numel()
-    assert n == len(tokens) - 1 == rows[1]["val_tokens"]
-    assert rows[1]["loss"] == pytest.approx(total / n, abs=1e-5) and rows[1]["perplexity"] == pytest.approx(math.exp(total / n), rel=1e-5)
-    assert rows[1]["hit_rate"] == pytest.approx(hits / n, abs=1e-3)
-    assert "hit rate" in out and "cocomix" in out and "–" in out
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = train.make_optimizer(model, train.Config(concept_lr_scale=3), CPU).param_groups
+
+    def members(key, value):
+        return {names[id(p)] for g in groups if g[key] == value for p in g["params"]}
+    every = set(names.values())
+    mixer = {name for name in every if name.startswith("mixer.")}
+    vectors = {name for name in every if "bias" in name or "ln_" in name}
+    assert members("lr_scale", 3) == mixer and members("lr_scale", 1) == every - mixer
+    assert members("weight_decay", 0) == vectors
+    assert members("weight_decay", 0.1) == every - vectors
+    assert {"wte.weight", "wpe.weight", "mixer.compress", "mixer.predict.weight"} < every - vectors
+    assert sum(len(g["params"]) for g in groups) == len(names)
+    groups = train.make_optimizer(model, train.Config(decay_all=True), CPU).param_groups
+    assert [g["weight_decay"] for g in groups] == [0.1] * 4
 
 
-def test_compare_prints_the_course_of_training_from_folders_and_from_logs(chain, tmp_path):
-    import shutil
-    shutil.copy(Path(chain["cocomix"]) / "log.jsonl", tmp_path / "mine.jsonl")
-    status, out, err = run(evaluation.main, "--compare", chain["ntp"], tmp_path / "mine.jsonl", f"--plot={tmp_path / 'c.svg'}")
-    assert status == 0, err
-    lines = out.splitlines()
-    val = [line["val_loss"] for line in read_log(tmp_path / "mine.jsonl") if line.get("step") and "val_loss" in line]
-    assert lines[2].startswith("| ntp | 1 |") and lines[3].startswith(f"| mine | 1 | {val[0]:.3f} | {val[1]:.3f} |")
-    assert (tmp_path / "c.svg").is_file()
-    assert "--compare needs runs" in run(evaluation.main, "--compare")[2]
+def test_a_mixer_with_a_learning_rate_of_zero_stays_as_it_was(chain, dataset, tmp_path):
+    weights = []
+    for scale in ("1", "0"):
+        trained(*arguments(dataset, tmp_path / scale, *cocomix(chain), "--max_iters=1",
+                           "--warmup_iters=0", f"--concept_lr_scale={scale}"))
+        weights.append(load_checkpoint(tmp_path / scale)["model"])
+    for name, t in weights[0].items():
+        moves = name.startswith("mixer.") and t.abs().sum() > 0
+        assert torch.equal(t, weights[1][name]) != moves, name
+
+
+# -- keys ------------------------------------------------------------------------------------------
+
+def test_max_iters_on_the_command_line_overrides_a_configs_max_tokens():
+    def max_iters(*argv):
+        argv = [str(ROOT / "config" / "cocomix_69m.py"), *argv]
+        return read_config(train.Config, argv, train.__doc__).max_iters
+    assert max_iters() == 38147 and max_iters("--max_iters=100") == 100
+    with pytest.raises(UserError, match="exclude each other"):
+        max_iters("--max_iters=100", "--max_tokens=1e6")

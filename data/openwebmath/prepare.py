@@ -1,23 +1,24 @@
-"""OpenWebMath (Paster et al. 2023, arXiv 2310.06786): mathematical web pages, 6 315 233 documents.
+"""OpenWebMath (Paster et al. 2023, arXiv 2310.06786): 6,315,233 mathematical web pages.
 
-    python data/openwebmath/prepare.py                     # writes train.bin, val.bin, meta.json beside this file
-    python data/openwebmath/prepare.py --num_docs=20000    # a small try: the first documents only
-    python data/openwebmath/prepare.py --source=FOLDER     # with no network: from the hub's parquet files, brought by hand
+    python data/openwebmath/prepare.py                   # the whole dataset
+    python data/openwebmath/prepare.py --num_docs=20000  # a small trial: the first documents only
+    python data/openwebmath/prepare.py --source=FOLDER   # no network: from the hub's parquet files
 
-Streams up to 27 GB from the hub and needs about 60 GB of disk, about 30 GB at the end (--out=FOLDER takes another
-disk; train with --dataset=FOLDER then). It can be stopped at any time: the same command goes on. See data/hub.py.
+Streams up to 27 GB from the hub and needs about 60 GB of disk, 30 GB when done. Writes next to
+this file, or to --out=FOLDER (train with --dataset=FOLDER). If interrupted, run the same command
+to resume.
 """
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import config
-from data import hub
+from support import hub, runtime
 
 
 def main(argv):
-    return hub.prepare(argv, __doc__, Path(__file__).resolve().parent, "hf://datasets/open-web-math/open-web-math", documents=6_315_233)
+    source = "hf://datasets/open-web-math/open-web-math"
+    return hub.prepare(argv, __doc__, __file__, source, 6_315_233)
 
 
 if __name__ == "__main__":
-    config.run(main)
+    runtime.run(main)

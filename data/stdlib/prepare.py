@@ -1,12 +1,11 @@
-"""The corpus that needs no download: the running interpreter's own standard library.
+"""The corpus that needs no download: the standard library of the Python that runs this script.
 
-    python data/stdlib/prepare.py               # writes train.bin, val.bin, meta.json beside this file
-    python data/stdlib/prepare.py --train_bpe   # first makes the repository's bpe.tiktoken anew, from the train split
+    python data/stdlib/prepare.py              # writes train.bin, val.bin, meta.json next to it
+    python data/stdlib/prepare.py --train_bpe  # first retrains bpe.tiktoken on the train split
 
-About 12 MB of Python source. Tests and machine-made files are left out; whole modules, by a fixed list of
-names, are held out for val, so the split is the same for everyone on one Python version. The library
-differs a little between builds: meta.json carries a hash of the files, and results compare only at equal
-hashes.
+About 12 MB of source, without tests and generated files. A fixed list of modules is held out, so
+the split depends only on the Python version. The library differs slightly between builds: results
+are comparable only if the hash of the files in meta.json is the same.
 """
 import platform
 import sys
@@ -15,73 +14,77 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import config
-import data
+from support.runtime import UserError, progress, run
+
+from support.bpe import save_bpe, train_bpe
+from support.cli import key, parse
+from support.files import fingerprint
+from support.prepare import finished, write_meta, write_tokens
+from support.tokens import load_tokenizer, tokenizer_hash
 
 HERE = Path(__file__).resolve().parent
-VAL = {"argparse", "bisect", "calendar", "configparser", "csv", "fractions", "gzip", "html", "json", "platform", "queue", "shelve",
-       "statistics", "string", "tarfile", "textwrap", "tomllib", "uuid"}
-LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_vendor", "ensurepip", "encodings", "pydoc_data"}  # the last two are machine-made tables
+VAL = {"argparse", "bisect", "calendar", "configparser", "csv", "fractions", "gzip", "html",
+       "json", "platform", "queue", "shelve", "statistics", "string", "tarfile", "textwrap",
+       "tomllib", "uuid"}
+EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__",
+            "_vendor", "ensurepip", "encodings", "pydoc_data"}  # the last two: generated tables
 
 
 @dataclass(frozen=True)
 class Config:
-    out: str = config.key(str(HERE), "folder to write to")
-    train_bpe: int | None = config.key(None, "make data/stdlib/bpe.tiktoken anew, of so many tokens", low=300, high=4096, bare="4096", follows=r"\d")
-    force: bool = config.key(False, "prepare again though it is done")
+    out: str = key(str(HERE), "folder to write to")
+    train_bpe: int | None = key(None, "retrain data/stdlib/bpe.tiktoken with this many tokens",
+                                low=300, high=4096, bare="4096", follows=r"\d")
+    force: bool = key(False, "prepare an intact dataset again")
 
 
-def files():
-    """[(module name, path)] of the standard library's sources, sorted by path."""
+def read_library():
+    """({split: texts}, hash of all files, number of files) of the standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
-    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
-        parts = path.relative_to(root).parts
-        if not LEFT_OUT & set(parts[:-1]) and not parts[-1].startswith("_sysconfigdata") and not parts[0].startswith("config-"):
-            found.append((parts[0].removesuffix(".py"), path))
-    return root, found
-
-
-def prepared(out, digest, tokenizer_hash):
-    """Is the dataset there, whole, of these sources and this tokenizer?"""
-    try:
-        meta = data.load_meta(out)
-        data.load_tokens(out, "train"), data.load_tokens(out, "val")
-        return meta["source_hash"] == digest and meta["tokenizer_hash"] == tokenizer_hash
-    except (config.UserError, KeyError):
-        return False
+    splits, contents = dict(train=[], val=[]), []
+    for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
+        *folders, file = name.split("/")
+        if EXCLUDED & set(folders) or name.startswith("config-"):
+            continue
+        if file.startswith("_sysconfigdata"):
+            continue
+        module = name.split("/")[0].removesuffix(".py")
+        text = (root / name).read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
+        contents += [name.encode(), text.encode()]
+        if text.strip():
+            splits["val" if module in VAL else "train"].append(text)
+    if not contents:
+        raise UserError(f"no .py files under {root}: this Python has no readable standard library; "
+                        "use data/text/prepare.py")
+    return splits, fingerprint(*contents), len(contents) // 2
 
 
 def main(argv):
-    cfg, _ = config.parse(Config, argv, __doc__, most=0, files=False)
+    cfg, _ = parse(Config, argv, __doc__, most=0, files=False)
     out = Path(cfg.out)
-    root, found = files()
-    if not found:
-        raise config.UserError(f"no .py files under {root}: this Python has no readable standard library; use data/text/prepare.py")
-    splits = {"train": [], "val": []}
-    contents = []
-    for module, path in found:
-        text = path.read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n")
-        contents += [path.relative_to(root).as_posix().encode(), text.encode()]
-        if text.strip():
-            splits["val" if module in VAL else "train"].append(text)
-    digest = data.fingerprint(*contents)
+    splits, digest, n_files = read_library()
     if cfg.train_bpe:
-        data.save_bpe(data.train_bpe(splits["train"], cfg.train_bpe), HERE / "bpe.tiktoken")
-    tokenizer = data.load_tokenizer("stdlib")
-    if not cfg.force and prepared(out, digest, data.tokenizer_hash("stdlib", tokenizer)):
-        meta = data.load_meta(out)
-        print(f"{out}: already prepared ({meta['train_tokens']:,} train tokens, {meta['val_tokens']:,} val tokens)")
+        save_bpe(train_bpe(splits["train"], cfg.train_bpe), HERE / "bpe.tiktoken")
+    tokenizer = load_tokenizer("stdlib")
+    meta = None if cfg.force else finished(out)
+    hashes = digest, tokenizer_hash("stdlib", tokenizer)
+    if meta and (meta.get("source_hash"), meta["tokenizer_hash"]) == hashes:
+        print(f"{out}: already prepared ({meta['train_tokens']:,} train tokens, "
+              f"{meta['val_tokens']:,} val tokens)")
         return
     (out / "meta.json").unlink(missing_ok=True)
     counts = {}
-    with config.progress(sum(len(t) for texts in splits.values() for t in texts), "encode", "char", unit_scale=True) as bar:
+    chars = sum(len(text) for texts in splits.values() for text in texts)
+    with progress(chars, "encode", "char", unit_scale=True) as bar:
         for split, texts in splits.items():
-            counts[split] = data.write_tokens(out / f"{split}.bin", ((text, True) for text in texts), tokenizer, bar)
-    data.write_meta(out, "stdlib", tokenizer, counts, source=f"the standard library of Python {platform.python_version()}", source_hash=digest,
-                    train_files=len(splits["train"]), val_files=len(splits["val"]))
-    print(f"{out}: {counts['train']:,} train tokens, {counts['val']:,} val tokens from {len(found)} files, hash {digest}")
+            pieces = ((text, True) for text in texts)
+            counts[split] = write_tokens(out / f"{split}.bin", pieces, tokenizer, bar)
+    source = f"the standard library of Python {platform.python_version()}"
+    write_meta(out, "stdlib", tokenizer, counts, source=source, source_hash=digest,
+               train_files=len(splits["train"]), val_files=len(splits["val"]))
+    print(f"{out}: {counts['train']:,} train tokens, {counts['val']:,} val tokens from {n_files} "
+          f"files, hash {digest}")
 
 
 if __name__ == "__main__":
-    config.run(main)
+    run(main)

@@ -1,14 +1,14 @@
 """A dataset from your own text.
 
     python data/text/prepare.py --input book.txt notes/*.jsonl.gz --out data/mine
-    python data/text/prepare.py --input train.jsonl.xz --val val.jsonl.xz --tokenizer=bpe:4096 --out data/books
+    python data/text/prepare.py --input a.jsonl.xz --val b.jsonl.xz --tokenizer=bpe:4096
     python train.py config/stdlib_ntp.py --dataset=mine --out_dir=out/mine
 
-Reads .txt (a file is a document) and .jsonl (a line is one, its field `text`), plain, .gz or .xz, as UTF-8. The
-input is streamed: memory stays flat however large it is. Without --val every 20th piece of about 16 000
-characters is held out. bpe:N trains a tokenizer of N tokens on the input's first --bpe_chars characters; it is
-kept beside the data, its name holds a hash of its content, and another dataset can use it by its path. A second call
-with the same files (by name and size) and keys does nothing.
+Reads UTF-8 text, plain, .gz or .xz: .txt (one document) or .jsonl (one per line, in the field
+`text`). Input is streamed, so memory use stays constant. Without --val, every 20th piece of about
+16,000 characters is held out. bpe:N trains a tokenizer with N tokens and stores it in the folder,
+with a hash of its content in the name; other datasets can use it by its path. Running the command
+again on the same files (by name and size) does nothing.
 """
 import gzip
 import json
@@ -16,12 +16,17 @@ import lzma
 import sys
 import zlib
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import config
-import data
-from config import UserError, key
+from support.runtime import UserError, progress, run
+
+from support.bpe import save_bpe, train_bpe
+from support.cli import key, parse
+from support.files import fingerprint
+from support.prepare import write_meta, write_tokens
+from support.tokens import load_meta, load_tokenizer, load_tokens
 
 PIECE = 16_000  # characters read at a time
 
@@ -29,60 +34,64 @@ PIECE = 16_000  # characters read at a time
 @dataclass(frozen=True)
 class Config:
     input: tuple[str, ...] = key((), "files to train on")
-    val: tuple[str, ...] = key((), "files held out; none: every 20th piece of the input")
+    val: tuple[str, ...] = key((), "held-out files; none: every 20th piece of the input")
     out: str = key("data/mine", "folder to write to")
     tokenizer: str = key("gpt2", "gpt2, stdlib, bpe:SIZE or the path of a .tiktoken file")
-    bpe_chars: int = key(16_000_000, "characters of the input's head that bpe:SIZE learns from", low=1000)
-    force: bool = key(False, "write over a dataset that is there")
+    bpe_chars: int = key(16_000_000, "characters on which bpe:SIZE is trained", low=1000)
+    force: bool = key(False, "overwrite an existing dataset")
+
+
+def jsonl_pieces(file, path):
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                text = json.loads(line)["text"]
+                if not isinstance(text, str):
+                    raise TypeError(f"text is {type(text).__name__}")
+            except (json.JSONDecodeError, KeyError, RecursionError, TypeError) as e:
+                raise UserError(f"{path}, line {number}: expected a JSON object with a text field "
+                                f"\"text\" ({type(e).__name__}: {e})") from e
+            yield text, True
+
+
+def txt_pieces(file):
+    rest = ""
+    while part := file.read(PIECE):
+        rest += part
+        cut = max(rest.rfind(" "), rest.rfind("\n"))
+        while cut > 0 and rest[cut - 1].isspace():
+            cut -= 1  # never inside white space, so that no token crosses the cut
+        if cut > 0 or len(rest) > 64 * PIECE:  # or an endless word
+            cut = cut or len(rest)
+            yield rest[:cut], False
+            rest = rest[cut:]
+    yield rest, True
 
 
 def pieces(path):
-    """A file as a stream of (text, whether a document ends there). UserError: of another kind, not UTF-8, not JSON, damaged."""
+    """A file as a stream of (text, whether a document ends there)."""
     path = Path(path)
-    inner, opener = path, open
-    if path.suffix in (".gz", ".xz"):
-        inner, opener = path.with_suffix(""), {".gz": gzip.open, ".xz": lzma.open}[path.suffix]
-    if inner.suffix not in (".txt", ".jsonl"):
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    kind = path.suffix if opener is open else path.with_suffix("").suffix
+    if kind not in (".txt", ".jsonl"):
         raise UserError(f"{path}: expected .txt or .jsonl, plain, .gz or .xz")
-    line = 0
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
-            if inner.suffix == ".jsonl":
-                for line, text in enumerate(file, 1):
-                    if text.strip():
-                        text = json.loads(text)["text"]
-                        if not isinstance(text, str):
-                            raise TypeError(f"text is {type(text).__name__}")
-                        yield text, True
-                return
-            rest = ""
-            while part := file.read(PIECE):
-                rest += part
-                cut = max(rest.rfind(" "), rest.rfind("\n"))
-                while cut > 0 and rest[cut - 1].isspace():
-                    cut -= 1  # a run of white space stays whole: no token reaches across the cut
-                if cut > 0 or len(rest) > 64 * PIECE:
-                    yield rest[:cut or None], False
-                    rest = rest[cut:] if cut else ""
-            yield rest, True
+            yield from jsonl_pieces(file, path) if kind == ".jsonl" else txt_pieces(file)
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text: the byte {e.object[e.start]:#04x} can't be decoded ({e.reason})") from e
-    except (json.JSONDecodeError, KeyError, RecursionError, TypeError) as e:
-        raise UserError(f"{path}, line {line}: expected a JSON object with a text field \"text\" ({type(e).__name__}: {e})") from e
+        raise UserError(f"{path} is not UTF-8 text: can't decode the byte {e.object[e.start]:#04x} "
+                        f"({e.reason})") from e
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as e:
         raise UserError(f"{path} is damaged or cut short ({e})") from e
 
 
 def stream(files, held_out=None):
-    """The pieces of all files; held_out True or False: every 20th of them or the others, each a document of its own."""
-    n = 0
-    for path in files:
-        for text, ends in pieces(path):
-            n += 1
-            if held_out is None:
-                yield text, ends
-            elif (n % 20 == 0) == held_out:
-                yield text, True
+    """The pieces of all files. held_out=True: only each 20th, False: the others; as documents."""
+    for n, (text, ends) in enumerate(chain.from_iterable(map(pieces, files)), 1):
+        if held_out is None:
+            yield text, ends
+        elif (n % 20 == 0) == held_out:
+            yield text, True
 
 
 def head(files, chars):
@@ -94,53 +103,71 @@ def head(files, chars):
             return
 
 
-def make_tokenizer(cfg):
-    """(name, tokenizer) of the key `tokenizer`; a new BPE is trained and written into the out folder."""
-    if not cfg.tokenizer.startswith("bpe:"):
-        return cfg.tokenizer, data.load_tokenizer(cfg.tokenizer)
-    try:
-        size = int(cfg.tokenizer.removeprefix("bpe:"))
-        assert 257 <= size <= 65536
-    except (ValueError, AssertionError):
-        raise UserError(f"tokenizer={cfg.tokenizer!r}: expected bpe:SIZE with a size from 257 to 65536") from None
-    ranks = data.train_bpe(head(cfg.input, cfg.bpe_chars), size)
-    path = Path(cfg.out) / f"bpe{size}-{data.fingerprint(*ranks)[:8]}.tiktoken"  # same name, same content
-    data.save_bpe(ranks, path)
-    return str(path), data.load_tokenizer(str(path))
+def get_tokenizer(cfg):
+    """(name, tokenizer) of the key `tokenizer`; bpe:SIZE trains one and saves it."""
+    kind, _, size = cfg.tokenizer.partition(":")
+    if kind != "bpe":
+        return cfg.tokenizer, load_tokenizer(cfg.tokenizer)
+    if not size.isdecimal() or not 257 <= int(size) <= 65536:
+        raise UserError(f"tokenizer={cfg.tokenizer!r}: expected bpe:SIZE with a size from "
+                        "257 to 65536")
+    ranks = train_bpe(head(cfg.input, cfg.bpe_chars), int(size))
+    path = str(Path(cfg.out) / f"bpe{int(size)}-{fingerprint(*ranks)[:8]}.tiktoken")
+    save_bpe(ranks, path)
+    return path, load_tokenizer(path)
+
+
+def check_files(cfg):
+    if not cfg.input:
+        raise UserError("--input FILES is needed: .txt or .jsonl, plain, .gz or .xz")
+    for path in map(Path, cfg.input + cfg.val):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name its files: {path}/*.txt")
+        if not path.is_file():
+            raise UserError(f"no input file {path}")
+    both = {Path(p).resolve() for p in cfg.input} & {Path(p).resolve() for p in cfg.val}
+    if both:
+        raise UserError(f"{both.pop()} is both input and val; without --val, a part of the input "
+                        "is held out")
+
+
+def names_and_sizes(files):
+    return [[Path(path).name, Path(path).stat().st_size] for path in files]
 
 
 def main(argv):
-    cfg, _ = config.parse(Config, argv, __doc__, most=0, files=False)
+    cfg, _ = parse(Config, argv, __doc__, most=0, files=False)
+    check_files(cfg)
     out = Path(cfg.out)
-    if not cfg.input:
-        raise UserError("--input FILES is needed: .txt or .jsonl, plain, .gz or .xz")
-    for path in (*cfg.input, *cfg.val):
-        if not Path(path).is_file():
-            raise UserError(f"{path} is a folder; name its files: {path}/*.txt" if Path(path).is_dir() else f"no input file {path}")
-    if same := {Path(p).resolve() for p in cfg.input} & {Path(p).resolve() for p in cfg.val}:
-        raise UserError(f"{same.pop()} is both input and val; leave --val out to hold a part of the input out")
-    asked = {split: [[Path(p).name, Path(p).stat().st_size] for p in files] for split, files in (("input", cfg.input), ("val", cfg.val))}
-    asked |= dict(tokenizer=cfg.tokenizer, bpe_chars=cfg.bpe_chars)
+    asked = dict(input=names_and_sizes(cfg.input), val=names_and_sizes(cfg.val),
+                 tokenizer=cfg.tokenizer, bpe_chars=cfg.bpe_chars)
     if (out / "meta.json").is_file() and not cfg.force:
-        meta = data.load_meta(out)
+        meta = load_meta(out)
         if meta.get("asked") != asked:
-            raise UserError(f"{out} holds a dataset of other files or keys; --force writes over it, --out=… makes another")
-        data.load_tokens(out, "train"), data.load_tokens(out, "val")
-        print(f"{out}: already prepared ({meta['train_tokens']:,} train tokens, {meta['val_tokens']:,} val tokens)")
+            raise UserError(f"{out} holds a dataset of other files or keys; overwrite it with "
+                            "--force or choose another folder: --out=FOLDER")
+        load_tokens(out, "train"), load_tokens(out, "val")  # raise if damaged
+        print(f"{out}: already prepared ({meta['train_tokens']:,} train tokens, "
+              f"{meta['val_tokens']:,} val tokens)")
         return
-    name, tokenizer = make_tokenizer(cfg)
+    name, tokenizer = get_tokenizer(cfg)
     (out / "meta.json").unlink(missing_ok=True)
-    counts = {}
-    with config.progress(None, "encode", "char", unit_scale=True) as bar:
-        counts["train"] = data.write_tokens(out / "train.bin", stream(cfg.input, None if cfg.val else False), tokenizer, bar)
-        counts["val"] = data.write_tokens(out / "val.bin", stream(cfg.val) if cfg.val else stream(cfg.input, True), tokenizer, bar)
+    train, val = stream(cfg.input), stream(cfg.val)
+    if not cfg.val:
+        train, val = stream(cfg.input, held_out=False), stream(cfg.input, held_out=True)
+    with progress(None, "encode", "char", unit_scale=True) as bar:
+        counts = dict(train=write_tokens(out / "train.bin", train, tokenizer, bar),
+                      val=write_tokens(out / "val.bin", val, tokenizer, bar))
     if counts["train"] < 2:
         raise UserError("the input holds no text")
     if counts["val"] < 2:
-        raise UserError("the files for val hold no text" if cfg.val else f"the input is too short to hold a part out ({counts['train']:,} tokens); name a file: --val FILES")
-    data.write_meta(out, name, tokenizer, counts, asked=asked)
-    print(f"{out}: {counts['train']:,} train tokens, {counts['val']:,} val tokens, tokenizer {name} ({tokenizer.n_vocab} tokens)")
+        raise UserError("the --val files hold no text" if cfg.val else
+                        f"the input is too short to hold out a part ({counts['train']:,} tokens); "
+                        "name held-out files: --val FILES")
+    write_meta(out, name, tokenizer, counts, asked=asked)
+    print(f"{out}: {counts['train']:,} train tokens, {counts['val']:,} val tokens, "
+          f"tokenizer {name} ({tokenizer.n_vocab} tokens)")
 
 
 if __name__ == "__main__":
-    config.run(main)
+    run(main)

@@ -1,5 +1,7 @@
-# Every baseline and every ablation of the paper at the demo's size: python results/run.py results/stdlib-ablations
-# (make ablations). All rows see the same batches in the same order, two seeds each (initialisation and order).
+# Every baseline and every ablation of the paper at the demo's size: python results/run.py
+# results/stdlib-ablations
+# (make ablations). All rows see the same batches in the same order, two seeds each (initialisation
+# and order).
 out = "out/ablations"
 prepare = ["data/stdlib/prepare.py"]
 before = {  # made once: the concept model, longer trained than its students, and its SAE
@@ -7,9 +9,14 @@ before = {  # made once: the concept model, longer trained than its students, an
     "sae": "sae.py config/stdlib_sae.py --concept_model=out/ablations/gpt",
 }
 every = "--concept_model=out/ablations/gpt --max_iters=400 --eval_interval=50 --eval_iters=20"
-ntp = "train.py config/stdlib_ntp.py --concept_layer=1 --insert_layer=2"  # wider: as many active parameters as cocomix
-cocomix = "train.py config/stdlib_cocomix.py --sae=out/ablations/sae --mix=interleave --select=attribution --concept_weight=0.1 --concept_lr_scale=1"  # the paper's form
-tuned = f"{cocomix} --mix=interleave_residual --select=activation --concept_weight=1 --concept_lr_scale=3"  # the demo's
+# wider: as many active parameters as cocomix
+ntp = "train.py config/stdlib_ntp.py --concept_layer=1 --insert_layer=2"
+# the paper's form
+cocomix = ("train.py config/stdlib_cocomix.py --sae=out/ablations/sae --mix=interleave "
+    "--select=attribution --concept_weight=0.1 --concept_lr_scale=1")
+# the demo's
+tuned = (f"{cocomix} --mix=interleave_residual --select=activation --concept_weight=1 "
+    f"--concept_lr_scale=3")
 runs = {
     "NTP": ntp,
     "KD": f"{ntp} --method=kd",
@@ -39,14 +46,20 @@ runs = {
 }
 panels = {
     "the methods": ["NTP", "KD", "Pause, residual", "CoCoMix", "CoCoMix, residual"],
-    "which concepts are labels (Figure 6a)": ["NTP", "CoCoMix", "labels by activation", "attribution as in eq. 1", "attribution, lower", "attribution, abs"],
-    "h + ĉ inserted": ["NTP", "Pause, residual", "concept mix only, residual", "CoCoMix, residual", "labels by activation, residual"],
-    "more weight": ["NTP", "CoCoMix, weight 1", "tuned", "tuned, attribution", "tuned, nothing mixed in", "KD, weight 1"],
-    "what is predicted (Figure 6b)": ["NTP", "CoCoMix", "hidden state, l1", "hidden state, l2", "hidden state, cos"],
-    "prediction and mixing (Figure 6d, e)": ["NTP", "concept prediction only", "concept mix only", "CoCoMix", "adding"],
-    "pause vectors (Figure 6f)": ["Pause", "Pause + KD", "Pause, residual", "Pause + KD, residual", "CoCoMix"],
+    "which concepts are labels (Figure 6a)": ["NTP", "CoCoMix", "labels by activation",
+        "attribution as in eq. 1", "attribution, lower", "attribution, abs"],
+    "h + ĉ inserted": ["NTP", "Pause, residual", "concept mix only, residual", "CoCoMix, "
+        "residual", "labels by activation, residual"],
+    "more weight": ["NTP", "CoCoMix, weight 1", "tuned", "tuned, attribution", "tuned, nothing "
+        "mixed in", "KD, weight 1"],
+    "what is predicted (Figure 6b)": ["NTP", "CoCoMix", "hidden state, l1", "hidden state, l2",
+        "hidden state, cos"],
+    "prediction and mixing (Figure 6d, e)": ["NTP", "concept prediction only", "concept mix "
+        "only", "CoCoMix", "adding"],
+    "pause vectors (Figure 6f)": ["Pause", "Pause + KD", "Pause, residual", "Pause + KD, "
+        "residual", "CoCoMix"],
 }
-orders = {  # the paper's, then what the tuned form makes of them
+claims = {  # the paper's, then those about the tuned form
     "CoCoMix under NTP (Table 1)": ("CoCoMix", "NTP"),
     "CoCoMix under KD (Table 1)": ("CoCoMix", "KD"),
     "attribution under activation (Figure 6a)": ("CoCoMix", "labels by activation"),

@@ -1,26 +1,29 @@
-"""What the inserted positions look at: attention of the last seed's runs on val, after `make ablations` (writes pause.md).
+"""What the inserted positions attend to, in the last seed's runs on val.
 
-    python results/stdlib-ablations/pause.py
+    python results/stdlib-ablations/pause.py       # after make ablations; writes pause.md
 
-For each block above the insertion, the attention from the inserted position of token t to h_t, to itself, and to all else,
-mean over heads, positions 32 to 255 and 16 blocks of val. An even look at all would give each 1 / (2t + 2): the first row.
+For each upper block, the attention from the inserted position of token t to h_t, to itself, and to
+everything else: the mean over heads, positions 32 to 255 and 16 blocks of val. Uniform attention
+gives each 1 / (2t + 2): the first row.
 """
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
-import data
-from model import load_checkpoint, load_model
+from model import load_model
+from support.checkpoint import load_checkpoint
+from support.tokens import Batches, tokens_of_run
 
-RUNS = {"Pause": "pause", "Pause, residual": "pause_residual", "CoCoMix": "cocomix", "CoCoMix, residual": "cocomix_residual"}
+HERE = Path(__file__).resolve().parent
+RUNS = {"Pause": "pause", "Pause, residual": "pause_residual", "CoCoMix": "cocomix",
+        "CoCoMix, residual": "cocomix_residual"}
 
 
 @torch.no_grad()
-def looks(model, x):
-    """[(block, share of h_t, of itself)] for tokens x (B, T)."""
+def attention_shares(model, x):
+    """[(block, share of h_t, share of itself)] for tokens x (B, T)."""
     c, found = model.config, []
 
     def hook(i):
@@ -28,11 +31,15 @@ def looks(model, x):
             h = args[0]
             q, k, _ = attn.c_attn(h).split(c.n_embd, dim=-1)
             q, k = (t.view(*t.shape[:2], c.n_head, -1).transpose(1, 2) for t in (q, k))
-            scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(torch.ones(h.shape[1], h.shape[1]).triu(1).bool(), -torch.inf)
-            weight, at = scores.softmax(-1), torch.arange(65, h.shape[1], 2)  # the inserted positions from t = 32 on
-            found.append((i, weight[:, :, at, at - 1].mean().item(), weight[:, :, at, at].mean().item()))
+            positions = h.shape[1]
+            future = torch.ones(positions, positions).triu(1).bool()
+            scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(future, -torch.inf)
+            weight, at = scores.softmax(-1), torch.arange(65, positions, 2)  # inserted, from t = 32
+            own, itself = weight[:, :, at, at - 1].mean(), weight[:, :, at, at].mean()
+            found.append((i, own.item(), itself.item()))
         return f
-    hooks = [model.h[i].attn.register_forward_pre_hook(hook(i)) for i in range(c.insert_layer, c.n_layer)]
+    hooks = [model.h[i].attn.register_forward_pre_hook(hook(i))
+             for i in range(c.insert_at, c.n_layer)]
     model(x)
     for h in hooks:
         h.remove()
@@ -40,15 +47,18 @@ def looks(model, x):
 
 
 def main():
-    lines = ["| run | block | at its own h | at itself | at all else |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines = ["| run | block | at its own h | at itself | at all else |",
+             "| --- | ---: | ---: | ---: | ---: |"]
     even = torch.tensor([1 / (2 * t + 2) for t in range(32, 256)]).mean().item()
     lines.append(f"| an even look | | {even:.1%} | {even:.1%} | {1 - 2 * even:.1%} |")
     for name, folder in RUNS.items():
         content = load_checkpoint(HERE.parents[1] / "out" / "ablations" / f"{folder}-1")
         model = load_model(content)
-        val = data.Batches(data.tokens_of_run(content, "val"), model.config.block_size, 16, model.config.vocab_size, shift=False)
-        for block, own, itself in looks(model, val[0][0]):
-            lines.append(f"| {name} | {block} | {own:.1%} | {itself:.1%} | {1 - own - itself:.1%} |")
+        c, tokens = model.config, tokens_of_run(content, "val")
+        val = Batches(tokens, c.block_size, 16, c.vocab_size, shift=False)
+        for block, own, itself in attention_shares(model, val[0][0]):
+            rest = 1 - own - itself
+            lines.append(f"| {name} | {block} | {own:.1%} | {itself:.1%} | {rest:.1%} |")
     (HERE / "pause.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -1,0 +1,124 @@
+"""Counting: parameters, FLOPs and bytes, from the models' shapes.
+
+FLOPs are the minimum, a multiply-add counted as two: only active concepts, only gradients that are
+needed, causal attention at half the square.
+"""
+import torch
+
+from support.device import uses_bf16
+
+# Dense bf16 FLOP/s
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12,
+              "3090": 71e12}
+
+
+def peak_flops(device):
+    """The device's dense bf16 FLOP/s, or None if unknown."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+
+
+def num_params(model, active=False):
+    """Parameters. active: count only the concept_k rows of compress that a position uses."""
+    c, total = model.config, sum(p.numel() for p in model.parameters())
+    if active and c.insert == "concept" and c.mix != "none":
+        total -= (c.n_concepts - c.concept_k) * c.n_embd
+    return total
+
+
+def flops_per_token(model, backward=True, block_size=None):
+    """FLOPs per token of a GPT. Interleaved positions count as two per token, except for the last
+    block's queries and MLP; the concept head, the kept rows of compress and the tied head are
+    included. backward: add twice the forward. block_size: context length (default: the model's).
+    """
+    c, d = model.config, model.config.n_embd
+    block_size = block_size or c.block_size
+    flops = 2 * d * c.vocab_size
+    for i in range(c.n_layer):
+        positions = 2 if c.interleaved and i >= c.insert_layer else 1
+        queries = 1 if i == c.n_layer - 1 else positions
+        flops += 2 * d * d * (2 * positions + 10 * queries)  # k, v; q, projection, MLP
+        flops += queries * 4 * d * positions * block_size // 2
+    if c.insert == "concept":
+        flops += 2 * d * c.n_concepts
+        if c.mix != "none":
+            flops += 2 * d * c.concept_k
+    if c.insert == "hidden":
+        flops += 2 * 4 * d * (d + c.hidden_size)
+        if c.mix != "none":
+            flops += 2 * d * c.hidden_size
+    return flops * (3 if backward else 1)
+
+
+def label_flops_per_token(concept_model, block_size=None):
+    """FLOPs per token of a ConceptModel (0 for None): the blocks up to its layer; the SAE's encoder
+    for concepts; the upper blocks and the head for attribution or a teacher, and their gradient for
+    attribution."""
+    if concept_model is None:
+        return 0
+    gpt, target = concept_model.gpt, concept_model.target
+    d, block_size = gpt.config.n_embd, block_size or gpt.config.block_size
+    lower = (concept_model.layer + 1) * (24 * d ** 2 + 2 * d * block_size)
+    upper = flops_per_token(gpt, backward=False, block_size=block_size) - lower
+    flops = lower
+    if target == "concept":
+        flops += 2 * concept_model.sae.encoder.numel()
+    if target == "concept" and concept_model.select == "attribution":
+        flops += 2 * upper  # forward and gradient for the hidden state
+    elif concept_model.teaches:
+        flops += upper
+    return flops
+
+
+def activation_bytes(model, tokens, start=0, bf16=True, taught=False):
+    """Peak bytes of a forward and backward of `tokens` tokens through the blocks from `start` on
+    and the heads, without weights and their gradients: an upper estimate.
+
+    Under bfloat16 autocast a position in a block keeps 36 d bytes for the backward: the residual
+    stream twice in float32, then 14 d numbers for the matrix products (two LayerNorms, q, k, v,
+    attention, GELU before and after). With checkpoint_blocks it keeps only its float32 input.
+    Three more positions cover the mixer, the heads and the block that the backward is in. To that
+    add one chunk of logits with what is computed from it (more with a teacher), and the heads'
+    gradients, computed in the forward and copied in the backward.
+    """
+    c, d = model.config, model.config.n_embd
+    doubled = c.n_layer - max(start, c.insert_layer) if c.interleaved else 0
+    positions = c.n_layer - start + doubled
+    block = d * (8 + 14 * (2 if bf16 else 4))
+    kept = (4 * d if model.checkpoint_blocks else block) * positions + 3 * block
+    width = max(c.vocab_size, c.n_concepts)
+    chunk = (36 if taught else 16) * width * min(tokens, (1 << 28) // width)
+    return tokens * kept + chunk + 8 * d * (c.vocab_size + c.n_concepts)
+
+
+def step_bytes(model, concept_model, tokens, bf16=True):
+    """Bytes that a training step on `tokens` tokens needs besides the models' weights: an upper
+    estimate. 18 per parameter: the gradient (again in DDP's buckets), Adam's two moments and a
+    copy in bfloat16; of the frozen model only the copy."""
+    taught = concept_model is not None and concept_model.teaches
+    student = activation_bytes(model, tokens, bf16=bf16, taught=taught)
+    labels = 0
+    if concept_model is not None:
+        gpt = concept_model.gpt
+        labels = activation_bytes(gpt, tokens, concept_model.layer + 1, bf16) + 2 * num_params(gpt)
+    return 18 * num_params(model) + max(student, labels)
+
+
+def micro_batch(cfg, rows, model, concept_model, device):
+    """How many of a process's `rows` sequences go through the model at once: the largest divisor
+    of rows within micro_batch_size. auto: what fits in 90% of a GPU's free memory by `step_bytes`;
+    elsewhere, at most 8,192 tokens."""
+    on_gpu, bf16 = device.type == "cuda", uses_bf16(cfg.dtype, device)
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else 0
+
+    def fits(n):
+        if cfg.micro_batch_size != "auto":
+            return n <= cfg.micro_batch_size
+        tokens = n * cfg.block_size
+        if on_gpu:
+            return step_bytes(model, concept_model, tokens, bf16) <= 0.9 * free
+        return tokens <= 8192
+
+    return max((n for n in range(1, rows + 1) if rows % n == 0 and fits(n)), default=1)

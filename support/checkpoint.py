@@ -1,0 +1,101 @@
+"""Checkpoints: complete or not written at all, read as tensors and plain values only."""
+import os
+import warnings
+import zipfile
+from dataclasses import fields
+from pathlib import Path
+
+from support.runtime import UserError
+
+import torch
+
+from support.files import atomic_write, fingerprint
+
+# What the checkpoint of a run must hold; every entry is a dict unless TYPES says otherwise.
+RUN = ("model_config", "model", "train_config", "tokenizer", "tokenizer_hash")
+TYPES = dict(tokenizer=str, tokenizer_hash=str, step=int, seconds=float, val_loss=float,
+             best_val_loss=float)
+
+
+def save_checkpoint(path, **content):
+    with atomic_write(path) as file:
+        torch.save(content, file)
+
+
+def find_checkpoint(run=None):
+    """The path of a run's checkpoint. run: its folder or file; None: the newest run under out/."""
+    if run is None:
+        found = list(Path("out").rglob("ckpt.pt"))
+        if not found:
+            raise UserError("no checkpoint under out/; train one: python train.py "
+                            "config/stdlib_cocomix.py, or make demo")
+        path = max(found, key=os.path.getmtime)
+        print(f"using the newest checkpoint, {path}")
+        return path
+    path = Path(run) / "ckpt.pt" if Path(run).is_dir() else Path(run)
+    if not path.is_file():
+        if (path.parent / "sae_ckpt.pt").is_file():
+            raise UserError(f"{path.parent} is an SAE's folder; name the run of a model, such as "
+                            "out/stdlib/cocomix")
+        raise UserError(f"no checkpoint at {path}; train it first (python train.py config/…), or "
+                        "name another run under out/")
+    return path
+
+
+def read_tensors(path, what):
+    """Load a torch.save file on the CPU; its pickle runs no code. UserError: damaged, not one."""
+    try:
+        if zipfile.is_zipfile(path):  # torch.load does not verify the checksums in the file
+            with zipfile.ZipFile(path) as file:
+                if damaged := file.testzip():
+                    raise ValueError(damaged)
+        with warnings.catch_warnings():  # about a kind of pickle that is refused anyway
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as e:  # torch and pickle raise many kinds
+        raise UserError(f"{path} can't be read as {what} ({type(e).__name__}): cut short, damaged, "
+                        "or of another kind") from e
+
+
+def load_checkpoint(run=None, needs=("model_config", "model")):
+    """A checkpoint as a dict that holds `needs`. UserError: missing, damaged, of another kind."""
+    path = find_checkpoint(run)
+    content = read_tensors(path, "a checkpoint")
+    if not isinstance(content, dict) or not all(
+            isinstance(content.get(name), TYPES.get(name, dict)) for name in needs):
+        raise UserError(f"{path} is not a checkpoint of this kind: it must hold {', '.join(needs)}")
+    return content
+
+
+def load_weights(cls, settings_cls, content, device):
+    """The model cls(settings_cls(…)) of a checkpoint's content, in evaluation mode."""
+    known = {f.name for f in fields(settings_cls)}
+    settings = {k: v for k, v in content["model_config"].items() if k in known}
+    try:
+        model = cls(settings_cls(**settings))
+        model.load_state_dict(content["model"])
+    except (RuntimeError, TypeError) as e:
+        if any(name.startswith("inserted.") for name in content["model"]):
+            raise UserError("this checkpoint was written by an older version of this code, which "
+                            "named its weights differently; train the run again") from e
+        reason = str(e).splitlines()[-1].strip()
+        raise UserError(f"the checkpoint's weights do not fit its model config: {reason}") from e
+    return model.to(device).eval()
+
+
+def load_optimizer(optimizer, content, path):
+    """Restore an optimizer's state. UserError: it belongs to other parameters."""
+    try:
+        optimizer.load_state_dict(content["optimizer"])
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"the optimizer's state in {path} does not fit the model "
+                        f"({type(e).__name__}: {e}); start again with --overwrite, or in another "
+                        "--out_dir") from e
+
+
+def model_hash(model):
+    """A short hash of a model's weights, which identifies the model an SAE was trained on."""
+    return fingerprint(*(p.detach().float().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+                         for p in model.parameters()))

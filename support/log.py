@@ -1,0 +1,117 @@
+"""log.jsonl of a run, and the warning about loss spikes."""
+import fcntl
+import json
+import math
+import os
+import sys
+import weakref
+from pathlib import Path
+
+from support.runtime import RANK, UserError
+
+from tqdm import tqdm
+
+
+class Log:
+    """log.jsonl: one JSON object per line, each with its step. Only process 0 writes it.
+
+    Opened at `step`, it keeps the lines up to that step, so a resumed run has neither gaps nor
+    duplicates. A new run's lines are held back until `begin`, called after the first checkpoint is
+    saved; until then the folder is not changed. `also(line, step=…)`, if given, receives each line.
+    UserError: not writable, or another process trains in the folder.
+    """
+    def __init__(self, path, step=0, also=None):
+        self.path, self.also, self.empty, self._pending = Path(path), also, False, None
+        if RANK:
+            return
+        self._lock()
+        kept = []
+        if step and self.path.is_file():
+            kept = [line for line in read_log(self.path) if line.get("step", math.inf) <= step]
+        self.empty = not kept
+        self._pending = [self._text(line) for line in kept]
+        if step:
+            self.begin()
+
+    def _lock(self):
+        folder = self.path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"{folder} can't be made ({e.strerror}); choose another --out_dir"
+                            ) from e
+        lock = os.open(folder, os.O_RDONLY)
+        weakref.finalize(self, os.close, lock)  # the system releases it, too, if the process dies
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(f"another process is training in {folder}: wait until it ends, "
+                            "or choose another --out_dir") from e
+        except OSError:
+            pass  # a file system without locks
+
+    @staticmethod
+    def _text(values):
+        short = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in values.items()}
+        return json.dumps(short) + "\n"
+
+    def begin(self):
+        """Replace the file by the pending lines; from now on `write` appends to it."""
+        if RANK:
+            return
+        tmp = self.path.with_suffix(".tmp")
+        try:
+            tmp.write_text("".join(self._pending))
+            os.replace(tmp, self.path)
+        except OSError as e:
+            raise self._failed(e) from e
+        self._pending = None
+
+    def write(self, values):
+        if RANK:
+            return
+        if self.also:
+            self.also(values, step=values["step"])
+        if self._pending is not None:
+            self._pending.append(self._text(values))
+            return
+        try:
+            with open(self.path, "a") as file:
+                file.write(self._text(values))
+        except OSError as e:
+            raise self._failed(e) from e
+
+    def _failed(self, error):
+        return UserError(f"{self.path} can't be written ({error.strerror}); free some space, then "
+                         "--resume continues from the last checkpoint")
+
+
+def read_log(path):
+    """The lines of a log.jsonl as dicts, damaged ones skipped (a crash may cut off the last)."""
+    lines = []
+    for line in Path(path).read_text(errors="replace").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            pass
+    return [line for line in lines if isinstance(line, dict)]
+
+
+class SpikeDetector:
+    """Warn when a loss is more than six standard deviations and 5% above its running mean.
+
+    Mean and variance are over about the last 50 values. The first 20 never warn.
+    """
+    def __init__(self):
+        self.seen, self.mean, self.variance = 0, 0.0, 0.0
+
+    def update(self, name, value, step, remedy):
+        over = value - self.mean
+        spike = over > max(6 * self.variance ** 0.5, self.mean / 20)
+        if RANK == 0 and self.seen >= 20 and spike:
+            tqdm.write(f"warning: the {name} {value:.3f} at step {step} is far above its running "
+                       f"mean {self.mean:.3f}; {remedy}", file=sys.stderr)
+        self.seen += 1
+        share = max(0.02, 1 / self.seen)
+        self.mean += share * over
+        self.variance = (1 - share) * (self.variance + share * over ** 2)

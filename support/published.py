@@ -1,0 +1,255 @@
+"""What others published, downloads and file layouts: GPT-2's weights and the SAEs trained on it."""
+import base64
+import hashlib
+import http.client
+import json
+import logging
+import os
+import urllib.request
+from pathlib import Path
+
+from support.runtime import RANK, UserError
+
+import torch
+import torch.nn.functional as F
+
+from support.checkpoint import load_checkpoint, model_hash, read_tensors
+
+GPT2 = "openai-community/gpt2", "pytorch_model.bin"
+SAE_URL = ("https://openaipublic.blob.core.windows.net/sparse-autoencoder/gpt2-small/"
+           "resid_post_mlp_v5_{size}/autoencoders/{layer}.pt")
+SIZES = {"openai": ("32k", 32768), "openai_128k": ("128k", 131072)}  # in the URL; n_concepts
+ONLINE = "run python concepts.py --download where there is a network"
+
+
+def download(sae, layer):
+    """Fetch GPT-2 and the published SAE of a layer, and print their paths."""
+    if sae not in SIZES:
+        raise UserError(f"sae={sae!r} is not fetched: expected {' or '.join(SIZES)}")
+    print(f"GPT-2: {fetch_gpt2()}")
+    print(f"its SAE: {fetch_sae(sae, layer)}")
+
+
+# --------------------------------------------------------------------------------------------------
+# GPT-2
+
+def read_model(name):
+    """The content of a checkpoint with model_config, model and tokenizer_hash: of a run of ours, or
+    made from GPT-2's weights (see find_weights)."""
+    weights = find_weights(name)
+    if weights is None:
+        return load_checkpoint(name, ("model_config", "model", "tokenizer_hash"))
+    settings, state = read_gpt2(weights)
+    return dict(model_config=settings, model=state, tokenizer_hash="gpt2")
+
+
+def find_weights(name):
+    """The file of GPT-2 weights: "gpt2" (124M, from the hub), a folder or a file. None: `name` is
+    something else, a run of ours."""
+    path = Path(name)
+    if name.startswith("gpt2") and not path.exists():
+        if name == "gpt2":
+            return fetch_gpt2()
+        if name.startswith("gpt2-"):
+            raise UserError(f"{name!r}: only gpt2 is fetched by name; download the files of "
+                            f"openai-community/{name} and name their folder")
+    for file in ("pytorch_model.bin", "model.safetensors"):
+        if (path / file).is_file():
+            return path / file
+    return path if path.suffix in (".bin", ".safetensors") else None
+
+
+def fetch_gpt2():
+    """The path of GPT-2 124M's weights in the hub's cache, downloaded if necessary."""
+    try:
+        import huggingface_hub as hub
+    except ImportError as e:
+        raise UserError("fetching GPT-2 needs huggingface_hub: pip install datasets") from e
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # do not print its retries
+    if isinstance(cached := hub.try_to_load_from_cache(*GPT2), str):
+        return Path(cached)
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(*GPT2))  # fails at once without a network
+        return Path(hub.hf_hub_download(*GPT2))
+    except Exception as e:  # of many kinds
+        raise UserError(f"GPT-2 can't be fetched ({type(e).__name__}); {ONLINE}, or copy "
+                        "pytorch_model.bin of openai-community/gpt2 to this machine and name its "
+                        "folder: --concept_model=FOLDER (eval.py: --model=FOLDER)") from e
+
+
+def read_gpt2(path):
+    """(settings for ModelConfig, state dict of a GPT) from a file of GPT-2 weights of any size."""
+    content = _read_weights(path)
+    try:
+        vocab_size, d = next(t.shape for n, t in content.items() if n.endswith("wte.weight"))
+        if d % 64:
+            raise ValueError(f"a width of {d} is not a multiple of 64")
+        state = gpt2_state(content)
+        n_layer = 1 + max(int(n.split(".")[1]) for n in state if n.startswith("h."))
+        block_size = len(state["wpe.weight"])
+        if len(state) != 4 + 12 * n_layer:
+            raise ValueError(f"{len(state)} tensors for {n_layer} blocks")
+    except (AttributeError, KeyError, StopIteration, ValueError) as e:
+        reason = f"{type(e).__name__}: {str(e) or 'no wte.weight'}"
+        raise UserError(f"{path}: not GPT-2's weights ({reason})") from e
+    return dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=d // 64,
+                n_embd=d), state  # GPT-2's heads have 64 features at every size
+
+
+def gpt2_state(content):
+    """GPT-2's state dict → ours: no prefix, Conv1D weights (in, out) transposed, no mask buffers
+    and no tied head, the embedding padded to a multiple of 64 rows."""
+    state = {}
+    for name, t in content.items():
+        name = name.removeprefix("transformer.")
+        if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
+            continue
+        conv = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        state[name] = t.T.contiguous() if conv else t
+    wte = state["wte.weight"]
+    state["wte.weight"] = F.pad(wte, (0, 0, 0, -len(wte) % 64))
+    return state
+
+
+def _read_weights(path):
+    if not path.is_file():
+        raise UserError(f"no weights at {path}")
+    if path.suffix != ".safetensors":
+        return read_tensors(path, "weights")
+    try:
+        from safetensors.torch import load_file
+        return load_file(path)
+    except ImportError as e:
+        raise UserError(f"{path} needs the safetensors package (pip install safetensors); or use "
+                        "pytorch_model.bin instead") from e
+    except Exception as e:
+        raise UserError(f"{path} can't be read as weights ({type(e).__name__}): cut short or "
+                        "damaged") from e
+
+
+# --------------------------------------------------------------------------------------------------
+# Sparse autoencoders, in the layout of openai/sparse_autoencoder
+
+NAMES = dict(pre_bias="pre_bias", encoder="encoder.weight", latent_bias="latent_bias",
+             decoder="decoder.weight", since_active="stats_last_nonzero",
+             frequency="latents_activation_frequency", mean_square="latents_mean_square")
+
+
+def find_sae(name, layer):
+    """The file of an SAE: published ("openai", …; fetched if necessary), a file, a run's folder."""
+    if name in SIZES:
+        return fetch_sae(name, layer)
+    path = Path(name) / "sae.pt" if Path(name).is_dir() else Path(name)
+    if not path.is_file():
+        raise UserError(f"no SAE at {path}; train one: python sae.py config/stdlib_sae.py, or use "
+                        "--sae=openai for GPT-2")
+    return path
+
+
+def read_info(path):
+    """The sae.json next to an SAE of ours; {} where there is none (a published file)."""
+    path = Path(path).with_suffix(".json")
+    try:
+        return dict(**json.loads(path.read_text())) if path.is_file() else {}
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{path} is damaged; train the SAE again") from e
+
+
+def load_sae(name, layer, d, gpt):
+    """(state dict, k) of an SAE for hidden states of width d after block `layer` of gpt (or None).
+    UserError: missing, damaged, of another width or layer, trained on another model."""
+    path = find_sae(name, layer)
+    info = {} if name in SIZES else read_info(path)
+    if info.get("concept_layer", layer) != layer:
+        raise UserError(f"{path} was trained on layer {info['concept_layer']}, not on "
+                        f"concept_layer={layer}; set --concept_layer={info['concept_layer']}")
+    trained_on = info.get("concept_model_hash")
+    if trained_on and gpt is not None and trained_on != model_hash(gpt):
+        raise UserError(f"{path} was trained on another concept model ({info['concept_model']} as "
+                        "it was then); train it again: python sae.py --concept_model=…")
+    state, k = read_sae(read_tensors(path, "an SAE"), path)
+    width = state["encoder"].shape[1]
+    if width != d:
+        raise UserError(f"{path} is for hidden states of width {width}, but the concept model's "
+                        f"have {d}; train one: python sae.py --concept_model=…")
+    return state, k
+
+
+def read_sae(content, path):
+    """(state dict of an SAE, k) from the content of a file in the published layout."""
+    try:
+        if not isinstance(content, dict):
+            raise TypeError(f"a {type(content).__name__}")
+        settings = dict(content.get("activation_state_dict", {}))
+        activation, k = content["activation"], int(settings.get("k", 0))
+        state = {ours: content[theirs] for ours, theirs in NAMES.items()}
+        state["decoder"] = state["decoder"].T
+        n_concepts, d = state["encoder"].shape
+        shapes = dict.fromkeys(NAMES, (n_concepts,)) | dict(
+            pre_bias=(d,), encoder=(n_concepts, d), decoder=(n_concepts, d))
+        for name, t in state.items():
+            if tuple(t.shape) != shapes[name]:
+                raise ValueError(f"{NAMES[name]} has the shape {tuple(t.shape)}")
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{path} is not an SAE in the published layout ({type(e).__name__}: {e})"
+                        ) from e
+    if activation != "TopK" or settings.get("postact_fn", "ReLU") != "ReLU":
+        raise UserError(f"{path} holds a {activation} autoencoder with "
+                        f"{settings.get('postact_fn')}; only TopK with ReLU is supported")
+    if not 1 <= k <= n_concepts:
+        raise UserError(f"{path}: k={k} of {n_concepts} concepts is impossible")
+    if not all(t.isfinite().all() for t in state.values()):
+        raise UserError(f"{path} holds weights that are not finite; fetch or train it again")
+    return state, k
+
+
+def sae_file(sae):
+    """The content of an SAE's file in the published layout."""
+    state = sae.state_dict()
+    content = {theirs: state[ours].cpu() for ours, theirs in NAMES.items()}
+    content["decoder.weight"] = content["decoder.weight"].T.contiguous()
+    return content | dict(activation="TopK", activation_state_dict=dict(k=sae.k, postact_fn="ReLU"))
+
+
+def fetch_sae(name, layer):
+    """The path of a published SAE in $COCOMIX_CACHE or ~/.cache/cocomix, downloaded if necessary.
+
+    The file appears there complete and of the right shape, or not at all.
+    """
+    if not 0 <= layer < 12:
+        raise UserError(f"sae={name!r} is published for the 12 layers of GPT-2 124M: "
+                        f"concept_layer={layer} is not from 0 to 11")
+    size, n_concepts = SIZES[name]
+    url = SAE_URL.format(size=size, layer=layer)
+    folder = Path(os.environ.get("COCOMIX_CACHE", Path.home() / ".cache" / "cocomix"))
+    path = folder / f"sae-{name}-layer{layer}.pt"
+    if path.is_file():
+        return path
+    remedy = f"{ONLINE}, or copy {url} here by hand as {path}"
+    part = Path(f"{path}.{os.getpid()}.part")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _download(url, part)
+        state, _ = read_sae(read_tensors(part, f"the SAE of {url}"), url)
+        if (shape := tuple(state["encoder"].shape)) != (n_concepts, 768):
+            raise UserError(f"{url} returned an SAE of shape {shape}; ({n_concepts}, 768) was "
+                            f"expected; {remedy}")
+        part.rename(path)
+    except (OSError, ValueError, http.client.HTTPException) as e:
+        raise UserError(f"the SAE can't be fetched ({type(e).__name__}: {e}); {remedy}") from e
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _download(url, path):
+    """Download a file and compare its size and MD5 with what the server announces."""
+    with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=30) as answer:
+        size, md5 = answer.headers["Content-Length"], answer.headers["Content-MD5"]
+    torch.hub.download_url_to_file(url, str(path), progress=RANK == 0)
+    content = path.read_bytes()
+    if size and len(content) != int(size):
+        raise OSError(f"{len(content)} of {size} bytes arrived")
+    digest = hashlib.md5(content, usedforsecurity=False).digest()
+    if md5 and md5 != base64.b64encode(digest).decode():
+        raise OSError("its MD5 is not the one the server announces")

@@ -1,0 +1,158 @@
+"""What every command shares: errors in one line, Ctrl-C, the progress bar. Imports no torch.
+
+A script imports this module before torch: Ctrl-C then ends it without a traceback while it is still
+importing, and OpenMP reads the variable set below when torch loads it.
+"""
+import functools
+import math
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+# Idle OpenMP threads spin, by default for a long time, and slow down other processes.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+class UserError(Exception):
+    """An error the user can fix: one line with what is wrong, the value and the remedy."""
+
+
+def _from_torchrun(name, default):
+    text = os.environ.get(name, default)
+    try:
+        return int(text)
+    except ValueError:
+        sys.exit(f"error: {name}={text!r}: expected a whole number, as set by torchrun; unset it")
+
+
+RANK = _from_torchrun("RANK", 0)  # of this process in the job; process 0 writes files and prints
+LOCAL_RANK = _from_torchrun("LOCAL_RANK", 0)  # of this process on its machine
+WORLD_SIZE = _from_torchrun("WORLD_SIZE", 1)
+
+
+def _exit_at_once(number, _):
+    """Ctrl-C during the imports, which would print a traceback or swallow it."""
+    if RANK == 0:
+        os.write(2, b"stopped\n")
+    os._exit(128 + number)
+
+
+def _is_our_script():
+    main = getattr(sys.modules["__main__"], "__file__", None)
+    return bool(main) and Path(main).resolve().is_relative_to(Path(__file__).resolve().parents[1])
+
+
+if _is_our_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _exit_at_once)  # until `run` takes over
+
+
+# --------------------------------------------------------------------------------------------------
+# Running a command
+
+def run(main):
+    """Run main(argv) as a command. An error the user can fix ends in one line, exit status 1."""
+    if signal.getsignal(signal.SIGINT) is _exit_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # print ? for what the terminal cannot show
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+    try:
+        status = main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, AssertionError, OSError, MemoryError, RuntimeError) as e:
+        message = _explain(e)
+        if LOCAL_RANK or _lost_connection(e):
+            # An error common to all processes is printed once: torchrun stops this process first.
+            time.sleep(2 + LOCAL_RANK)
+            print(file=sys.stderr)  # end the line of another process's progress bar
+        if "--debug" in sys.argv or message is None:
+            raise
+        if isinstance(e, BrokenPipeError):  # `| head` closed the pipe: nothing to report
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        sys.exit("error: " + " ".join(message.split()))
+    sys.exit(status)
+
+
+def _explain(error):
+    """The message for the user, or None for a bug, which needs its traceback."""
+    text = str(error)
+    first_line = (text.splitlines() or ["no details"])[0]
+    if _out_of_memory(error):
+        return ("out of memory: a smaller --micro_batch_size (or --batch_size) needs less "
+                f"({first_line})")
+    if _lost_connection(error):
+        return ("no connection to another process of this run; if it failed, it printed why "
+                f"({first_line})")
+    if isinstance(error, RuntimeError):
+        return None
+    if isinstance(error, AssertionError):
+        return text or None
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.strerror or error}: {error.filename}"
+    return text
+
+
+def _out_of_memory(error):
+    if isinstance(error, RuntimeError):
+        return bool(re.search("out of memory|can't allocate memory", str(error)))
+    return isinstance(error, MemoryError)
+
+
+def _lost_connection(error):
+    return (WORLD_SIZE > 1 and isinstance(error, RuntimeError) and not _out_of_memory(error)
+            and bool(re.search("gloo|NCCL|socket", str(error))))
+
+
+def check_finite(name, value, step, remedy):
+    """UserError if a number is NaN or infinite."""
+    if not math.isfinite(value):
+        raise UserError(f"{name} is {value} at step {step}: not finite; {remedy}")
+
+
+def progress(total, what, unit="it", disable=False, **kwargs):
+    """The progress bar. Without a terminal it writes a line every ten seconds."""
+    terminal = sys.stderr.isatty()
+    often, at_most = (0.2, 10) if terminal else (10, 60)
+    bar = tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, smoothing=0.05,
+               mininterval=often, maxinterval=at_most, disable=disable or RANK > 0, **kwargs)
+    # by default every call redraws the bar
+    bar.set_postfix_str = functools.partial(bar.set_postfix_str, refresh=terminal)
+    return bar
+
+
+class Stop:
+    """`with Stop() as stop`: Ctrl-C and SIGTERM set stop.signal, so that the loop can save and end.
+
+    A second signal ends the process at once; not under torchrun, which sends its processes a second
+    one itself and kills them after 30 s.
+    """
+    def __enter__(self):
+        self.signal = None
+        self._before = {number: signal.signal(number, self._handle)
+                        for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _handle(self, number, _):
+        if self.signal and WORLD_SIZE == 1:
+            os._exit(128 + number)
+        self.signal = number
+
+    def leave(self, number, checkpoint, step):
+        """Print how to resume → the exit status of a command that signal `number` ended."""
+        if RANK == 0:
+            print(f"\nstopped by {signal.Signals(number).name} at step {step}; saved in "
+                  f"{checkpoint}; --resume continues from there", file=sys.stderr)
+        return 128 + number
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

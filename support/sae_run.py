@@ -1,0 +1,186 @@
+"""What surrounds the SAE's training loop: data, resuming, log, checkpoints, the final report."""
+import json
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from support.runtime import UserError, check_finite, progress
+
+import torch
+
+from support import published
+from support.activations import HiddenStates, hidden_states
+from support.checkpoint import load_checkpoint, load_optimizer, model_hash, save_checkpoint
+from support.cli import check_unchanged
+from support.files import atomic_write
+from support.kernels import linear_cross_entropy, normalize
+from support.log import Log, SpikeDetector
+from support.tokens import Batches, check_tokenizer, load_meta, load_tokens, sequential
+
+# keys that may change on resume
+FREE = ("out_dir", "log_interval", "save_interval", "device", "resume")
+
+
+class SAERun:
+    """A run of sae.py: its hidden states, where it is, its log and files.
+
+    UserError: keys that do not fit, a folder with another run, a loss or weight that is not finite.
+    """
+    def __init__(self, cfg, gpt, tokenizer, device):
+        if not cfg.out_dir.strip():
+            raise UserError("out_dir is empty: name a folder, such as --out_dir=out/sae")
+        if cfg.k > cfg.n_concepts:
+            raise UserError(f"k={cfg.k} latents cannot be kept of n_concepts={cfg.n_concepts}")
+        self.cfg, self.gpt, self.device, self.out = cfg, gpt, device, Path(cfg.out_dir)
+        self.checkpoint = self.out / "sae_ckpt.pt"
+        check_tokenizer(cfg, load_meta(cfg.dataset), tokenizer, gpt)
+        self.block_size = T = cfg.block_size or gpt.config.block_size
+        batches = Batches(load_tokens(cfg.dataset, "train"), T, max(1, 8192 // T),
+                          gpt.config.vocab_size, cfg.seed)
+        self.states = HiddenStates(gpt, cfg, batches, device)
+        self.steps = max(1, cfg.max_tokens // cfg.batch_size)
+        self.dead_tokens = cfg.dead_tokens
+        if self.dead_tokens is None:
+            self.dead_tokens = min(10_000_000, self.steps * cfg.batch_size // 20)
+        self.step, self.seconds, self.losses, self.spikes = 0, 0.0, [], SpikeDetector()
+
+    def attach(self, sae, optimizer):
+        """What to train. Resumes both from out_dir's checkpoint, if there is one."""
+        self.sae, self.optimizer, self.finished = sae, optimizer, False
+        if self.checkpoint.is_file():
+            if not self.cfg.resume:
+                raise UserError(f"{self.out} already holds an SAE run; --resume continues it, "
+                                "--out_dir=… starts another")
+            content = load_checkpoint(self.checkpoint,
+                                      ("sae_config", "sae", "optimizer", "step", "seconds"))
+            check_unchanged(content["sae_config"], asdict(self.cfg), self.checkpoint, FREE)
+            sae.load_state_dict(content["sae"])
+            load_optimizer(optimizer, content, self.checkpoint)
+            self.step, self.seconds = content["step"], content["seconds"]
+        path = self.out / "sae.pt"
+        if self.step >= self.steps and path.is_file():
+            self.finished = True
+            print(f"{self.out}: already trained ({self.step} steps); "
+                  f"{summary(published.read_info(path))}")
+
+    @contextmanager
+    def start(self):
+        """`with run.start()`: the log is open, the bar is shown, the clock runs."""
+        self.log, total = Log(self.out / "log.jsonl", self.step), self.steps * self.cfg.batch_size
+        with progress(total, "SAE", "tok", initial=self.step * self.cfg.batch_size,
+                      unit_scale=True) as self.bar:
+            if self.step == 0:
+                self.save()
+                self.log.begin()
+            self.started = time.perf_counter() - self.seconds
+            yield
+
+    def advance(self, fvu, aux, top, stopping):
+        """One optimizer step was taken; log and save where that is due."""
+        self.losses.append(fvu + aux)
+        self.step += 1
+        self.bar.update(self.cfg.batch_size)
+        last = self.step == self.steps
+        logging = self.step % self.cfg.log_interval == 0 or last
+        saving = self.step % self.cfg.save_interval == 0 or last or stopping
+        if logging or saving:
+            self.seconds = time.perf_counter() - self.started
+            self._report(fvu, aux, top, logging)
+        if saving:
+            self.save()
+
+    def _report(self, fvu, aux, top, logging):
+        remedy = f"a learning_rate below {self.cfg.learning_rate} may help"
+        good = f"the last good checkpoint is {self.checkpoint}; {remedy}"
+        first = self.step - len(self.losses) + 1
+        for step, loss in enumerate(torch.stack(self.losses).tolist(), first):
+            check_finite("the SAE's loss", loss, step, good)
+        for name, p in self.sae.named_parameters():
+            check_finite(f"the SAE's weight {name}", p.abs().max().item(), self.step, good)
+        dead = (self.sae.since_active >= self.dead_tokens).float().mean().item()
+        line = dict(step=self.step, tokens=self.step * self.cfg.batch_size, fvu=fvu.item(),
+                    aux=aux.item(), l0=(top.values > 0).float().sum(-1).mean().item(),
+                    dead_share=dead, seconds=self.seconds)
+        self.spikes.update("FVU", line["fvu"], self.step, remedy)
+        self.losses = []
+        if logging:
+            self.log.write(line)
+        self.bar.set_postfix_str(f"FVU {line['fvu']:.3f} dead {dead:.1%}")
+
+    def save(self):
+        save_checkpoint(self.checkpoint, sae_config=asdict(self.cfg), sae=self.sae.state_dict(),
+                        optimizer=self.optimizer.state_dict(), step=self.step,
+                        seconds=self.seconds)
+
+    def end(self):
+        """Evaluate the SAE, write sae.json and, last, sae.pt; warn if it is degenerate."""
+        cfg = self.cfg
+        info = dict(concept_model=cfg.concept_model, concept_model_hash=model_hash(self.gpt),
+                    concept_layer=cfg.concept_layer, dataset=cfg.dataset,
+                    n_concepts=cfg.n_concepts, k=cfg.k, tokens=self.steps * cfg.batch_size,
+                    seconds=round(self.seconds, 1), dead_tokens=self.dead_tokens)
+        val = load_tokens(cfg.dataset, "val")[:cfg.eval_tokens + 1]
+        info |= report(self.sae, self.gpt, cfg.concept_layer, val, self.block_size, self.device,
+                       self.dead_tokens)
+        with atomic_write(self.out / "sae.json") as file:
+            file.write(json.dumps(info, indent=1).encode() + b"\n")
+        with atomic_write(self.out / "sae.pt") as file:
+            torch.save(published.sae_file(self.sae), file)
+        print(f"{self.out}: {summary(info)}")
+        if problem := degenerate(info):
+            print(f"warning: this SAE is degenerate: {problem}. Its FVU of {info['fvu']:.3f} does "
+                  "not show it. Look for spikes of grad_norm in the concept model's log",
+                  file=sys.stderr)
+
+
+@torch.no_grad()
+def report(sae, gpt, layer, tokens, block_size, device, dead_tokens):
+    """How good the SAE is on held-out tokens, as a dict: FVU; L0, active concepts per token; the
+    shares of dead latents and of activations that belong to the k most frequent concepts (1: the
+    same k everywhere); the model's loss as usual, with reconstructions, and with zeros (nats)."""
+    count, error, first, second = 0, 0.0, 0.0, 0.0
+    loss = dict(plain=0.0, spliced=0.0, zeros=0.0)
+    active = torch.zeros(len(sae.encoder), dtype=torch.long, device=device)  # times it fired
+    for x, y in sequential(tokens, block_size, 8, gpt.config.vocab_size):
+        x, y = x.to(device), y.to(device)
+        h = hidden_states(gpt, x, layer).float()
+        back, top = sae(h)
+        normal, mean, std = normalize(h)
+        error += ((normal - (back - mean) / std).double() ** 2).sum()
+        first = first + normal.double().sum((0, 1))
+        second = second + (normal.double() ** 2).sum()
+        active += torch.bincount(top.indices[top.values > 0], minlength=len(active))
+        for name, state in dict(plain=h, spliced=back, zeros=torch.zeros_like(h)).items():
+            h_final, _ = gpt.finish(state, layer + 1)
+            mean_loss, _ = linear_cross_entropy(gpt.ln_f(h_final), gpt.wte.weight, y,
+                                                gpt.config.vocab_size)
+            loss[name] += mean_loss.item() * y.numel()
+        count += y.numel()
+    loss = {name: total / count for name, total in loss.items()}
+    return dict(
+        fvu=(error / (second - (first ** 2).sum() / count)).item(),
+        l0=(active.sum() / count).item(),
+        commonest_share=(active.topk(sae.k).values.sum() / active.sum()).item(),
+        dead_share=(sae.since_active >= dead_tokens).double().mean().item(),
+        **{f"loss_{name}": value for name, value in loss.items()},
+        loss_recovered=(loss["zeros"] - loss["spliced"]) / (loss["zeros"] - loss["plain"]))
+
+
+def summary(info):
+    """A report in one line."""
+    return (f"FVU {info['fvu']:.3f}, L0 {info['l0']:.1f}, dead {info['dead_share']:.1%}; loss "
+            f"{info['loss_plain']:.3f} as usual, {info['loss_spliced']:.3f} with reconstructions, "
+            f"{info['loss_zeros']:.3f} with zeros: {info['loss_recovered']:.1%} recovered")
+
+
+def degenerate(info):
+    """What is wrong with an SAE according to its report, in words; "" if nothing is."""
+    problems = []
+    if info["dead_share"] > 0.5:
+        problems.append(f"{info['dead_share']:.0%} of the latents are dead")
+    if info["commonest_share"] > 0.5:
+        problems.append(f"{info['k']} of {info['n_concepts']:,} concepts have "
+                        f"{info['commonest_share']:.0%} of the activations")
+    return " and ".join(problems)

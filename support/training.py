@@ -1,0 +1,293 @@
+"""What surrounds the training loop: data, resuming, log, checks, timing, checkpoints."""
+import math
+import platform
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from support.runtime import UserError, check_finite, progress
+
+import torch
+
+from support.accounting import flops_per_token, micro_batch, num_params, peak_flops
+from support.checkpoint import RUN, load_checkpoint, load_optimizer, model_hash, save_checkpoint
+from support.cli import check_unchanged, parse
+from support.curves import perplexity
+from support.device import compile_model, pick_device, should_compile, uses_bf16
+from support.distributed import Ranks
+from support.log import Log, SpikeDetector
+from support.tokens import Batches, load_meta, load_tokens, tokens_of_run
+
+# Keys that may change on resume; all others affect the losses.
+FREE = ("out_dir", "eval_interval", "keep_checkpoints", "log_interval", "micro_batch_size",
+        "device", "compile", "checkpoint_blocks", "resume", "overwrite", "wandb_log",
+        "wandb_project", "wandb_run_name")
+
+
+def read_config(cls, argv, doc):
+    """The Config of train.py from a command line. UserError: keys that contradict each other."""
+    cfg, _ = parse(cls, argv, doc, most=0)
+    given = {a.lstrip("-").partition("=")[0].replace("-", "_") for a in argv if a.startswith("--")}
+    if {"max_iters", "max_tokens"} <= given:
+        raise UserError("--max_iters and --max_tokens exclude each other: one sets the other")
+    if cfg.max_tokens is not None and "max_iters" not in given:
+        cfg = replace(cfg, max_iters=-(-cfg.max_tokens // (cfg.batch_size * cfg.block_size)))
+    if not cfg.out_dir.strip():
+        raise UserError("out_dir is empty: name a folder, such as --out_dir=out/run")
+    if cfg.min_lr is not None and cfg.min_lr > cfg.learning_rate:
+        raise UserError(f"min_lr={cfg.min_lr} is over learning_rate={cfg.learning_rate}")
+    if cfg.resume and cfg.overwrite:
+        raise UserError("--resume and --overwrite exclude each other: the one continues the run, "
+                        "the other replaces it")
+    if cfg.labels == "disk":
+        if not cfg.method.startswith("cocomix") or cfg.target != "concept":
+            raise UserError("labels='disk' is for methods that predict concepts, not for method="
+                            f"{cfg.method!r} with target={cfg.target!r}")
+        if cfg.shift_blocks:
+            raise UserError("labels='disk' needs --shift_blocks=false: labels are stored for "
+                            "unshifted blocks")
+    return cfg
+
+
+def wandb_log(cfg):
+    """wandb.log of a run that has begun. UserError: not installed, not logged in."""
+    try:
+        import wandb
+    except ImportError as e:
+        raise UserError("wandb_log needs the package wandb: pip install wandb (log.jsonl is "
+                        "written without it)") from e
+    try:
+        wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or cfg.out_dir,
+                   config=asdict(cfg))
+    except Exception as e:  # its own kinds
+        raise UserError(f"wandb does not start ({type(e).__name__}: {e}): run wandb login, set "
+                        "WANDB_MODE=offline, or drop --wandb_log") from e
+    return wandb.log
+
+
+class TrainingRun:
+    """A run of train.py: its data, where it is (step, seconds, losses), its log and checkpoints.
+
+    UserError: out_dir holds a run that must not be overwritten, or one trained with other keys; a
+    loss or weight that is not finite.
+    """
+    def __init__(self, cfg):
+        self.cfg, self.out, self.ranks = cfg, Path(cfg.out_dir), Ranks()
+        self.checkpoint = self.out / "ckpt.pt"
+        self.tokens_per_step = cfg.batch_size * cfg.block_size
+        self.device = pick_device(cfg.device)
+        self.content = self._open()
+        state = self.content or dict(step=0, seconds=0.0, val_loss=math.nan, best_val_loss=math.inf)
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.val_loss, self.best_val_loss = state["val_loss"], state["best_val_loss"]
+        self.finished = self.content is not None and self.step >= cfg.max_iters
+        if self.finished:
+            print(f"{self.out}: already trained ({self.step} steps, val loss {self.val_loss:.4f} "
+                  "on its val sample)")
+            return
+        self.meta = load_meta(cfg.dataset)
+        self.vocab_size = self.meta["vocab_size"]
+        if self.content is not None:
+            tokens_of_run(self.content, "train")  # still the same tokenizer?
+        train, val = load_tokens(cfg.dataset, "train"), load_tokens(cfg.dataset, "val")
+        self.batches = Batches(train, cfg.block_size, cfg.batch_size, self.vocab_size, cfg.seed,
+                               cfg.shift_blocks, self.ranks.rank, self.ranks.size)
+        self.val_blocks = Batches(val, cfg.block_size, 1, self.vocab_size, shift=False)
+        self.ranks.join(self.device)
+
+    def _open(self):
+        """The content of out_dir's checkpoint if this run continues it, else None."""
+        if not self.checkpoint.is_file() or self.cfg.overwrite:
+            if self.cfg.resume:
+                print(f"{self.out}: nothing to resume, starting at step 0")
+            return None
+        if not self.cfg.resume:
+            raise UserError(f"{self.out} already holds a run; --resume continues it, --overwrite "
+                            "replaces it, --out_dir=… starts another")
+        needs = (*RUN, "optimizer", "step", "seconds", "val_loss", "best_val_loss")
+        content = load_checkpoint(self.checkpoint, needs)
+        check_unchanged(content["train_config"], asdict(self.cfg), self.checkpoint, FREE)
+        return content
+
+    def attach(self, model, optimizer, concept_model, concept_flops):
+        """The models to train with. Resumes the optimizer, opens the log, says what is trained."""
+        cfg, ranks = self.cfg, self.ranks
+        self.model, self.optimizer = model, optimizer
+        if self.content is not None:
+            load_optimizer(optimizer, self.content, self.checkpoint)
+        if ranks.sum(self.step) != [self.step * ranks.size]:
+            raise UserError(f"processes disagree about {self.checkpoint}: out_dir must be a folder "
+                            "that all machines share")
+        self.compiled = compile_model(model) if should_compile(cfg, self.device) else model
+        self.parallel = ranks.parallel(self.compiled)
+        self.autocast = nullcontext()
+        if uses_bf16(cfg.dtype, self.device):
+            self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16)
+        rows = cfg.batch_size // ranks.size
+        self.micro = micro_batch(cfg, rows, model, concept_model, self.device)
+        self.peak, self.norms, self.spikes = peak_flops(self.device), [], SpikeDetector()
+        self.flops = flops_per_token(model) + concept_flops
+        self._open_log(concept_model, concept_flops)
+        where = f"{ranks.size} × " * (ranks.size > 1) + self.device.type
+        print(f"{cfg.method}: {num_params(model, active=True) / 1e6:.2f}M active of "
+              f"{num_params(model) / 1e6:.2f}M parameters, {self.flops / 1e6:.1f} MFLOP per token, "
+              f"{cfg.max_iters} steps of {self.tokens_per_step} tokens on {where}, {self.micro} "
+              "sequences at a time")
+
+    def _open_log(self, concept_model, concept_flops):
+        """Open log.jsonl; its first line says what is trained on what."""
+        cfg, name = self.cfg, f"{platform.machine()} {self.device.type}"
+        also = wandb_log(cfg) if cfg.wandb_log and self.ranks.first else None
+        self.log = Log(self.out / "log.jsonl", self.step, also)
+        if not self.log.empty:
+            return
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name()
+        predicts = self.model.config.insert in ("concept", "hidden")
+        self.log.write(dict(
+            step=self.step, method=cfg.method, seed=cfg.seed, max_iters=cfg.max_iters,
+            params=num_params(self.model), active_params=num_params(self.model, active=True),
+            flops_per_token=flops_per_token(self.model), concept_flops_per_token=concept_flops,
+            labels=cfg.labels if predicts else None,
+            concept_model_hash=model_hash(concept_model.gpt) if concept_model else None,
+            device=name, threads=torch.get_num_threads(), processes=self.ranks.size,
+            torch=torch.__version__, source_hash=self.meta.get("source_hash")))
+
+    def training_batches(self, stored_labels):
+        """(x, y, labels or None) of all steps left, on the device."""
+        return self.batches.prefetch(self.step, self.cfg.max_iters, self.device, stored_labels)
+
+    def validation_batches(self, label_model):
+        """This process's ValBatches: the same blocks at every evaluation, for every seed and any
+        number of processes. label_model: says what should be predicted, or None."""
+        cfg, val, ranks = self.cfg, self.val_blocks, self.ranks
+        whole = val.blocks // cfg.batch_size * cfg.batch_size  # micro batches all alike
+        self.val_rows = min(cfg.eval_iters * cfg.batch_size, whole or val.blocks)
+        rows = [val[i] for i in range(ranks.rank, self.val_rows, ranks.size)]
+        groups = [rows[i:i + self.micro] for i in range(0, len(rows), self.micro)]
+        return ValBatches([tuple(torch.cat(t).to(self.device) for t in zip(*group, strict=True))
+                           for group in groups], label_model)
+
+    @contextmanager
+    def start(self):
+        """`with run.start()`: the bar is shown, the clock runs."""
+        total = self.cfg.max_iters * self.tokens_per_step
+        with progress(total, self.cfg.method, "tok", initial=self.tokens,
+                      unit_scale=True) as self.bar:
+            self.restart_clock()
+            yield
+
+    @property
+    def tokens(self):
+        return self.step * self.tokens_per_step
+
+    @property
+    def last(self):
+        return self.step == self.cfg.max_iters
+
+    @property
+    def at_eval(self):
+        return self.step % self.cfg.eval_interval == 0 or self.last
+
+    @property
+    def at_log(self):
+        return self.step % self.cfg.log_interval == 0 or self.at_eval
+
+    def restart_clock(self):
+        """Evaluations and checkpoints do not count as training time."""
+        self.since, self.clock = self.step, time.perf_counter()
+
+    def finite(self, name, value, step=None):
+        remedy = "nothing was written; check the data and embedding_std"
+        if self.step:
+            remedy = (f"the last good checkpoint is {self.checkpoint}; a learning_rate below "
+                      f"{self.cfg.learning_rate} may help")
+        check_finite(name, value, self.step if step is None else step, remedy)
+
+    def advance(self, norm):
+        """One optimizer step was taken, with a gradient of this norm."""
+        self.norms.append(norm)
+        self.step += 1
+        self.bar.update(self.tokens_per_step)
+
+    def report(self, means, lr):
+        """Write a line: the step's losses {name: scalar tensor of this process} and the speed."""
+        norms = torch.stack(self.norms).tolist()  # waits for the device
+        for step, norm in enumerate(norms, self.since + 1):
+            self.finite("the gradient's norm", norm, step)
+        totals = self.ranks.sum(*means.values())
+        means = {name: t / self.ranks.size for name, t in zip(means, totals, strict=True)}
+        for name, value in means.items():
+            self.finite("the " + name.replace("_", " "), value)
+        self.spikes.update("loss", means["loss"], self.step, "if it does not recover, start again "
+                           f"with a learning_rate below {self.cfg.learning_rate}")
+        now = time.perf_counter()
+        self.seconds += now - self.clock
+        speed = (self.step - self.since) * self.tokens_per_step / (now - self.clock)
+        line = dict(step=self.step, tokens=self.tokens, **means, lr=lr, grad_norm=norms[-1],
+                    tokens_per_s=speed, seconds=self.seconds)
+        text = " ".join(f"{name.removesuffix('_loss')} {v:.3f}" for name, v in means.items())
+        if self.peak:
+            line["mfu"] = speed * self.flops / (self.peak * self.ranks.size)
+            text += f" MFU {line['mfu']:.1%}"
+        if math.isfinite(self.val_loss):
+            text += f" val {self.val_loss:.3f}"
+        self.log.write(line)
+        self.bar.set_postfix_str(text)
+        self.norms = []
+        self.restart_clock()
+
+    def evaluated(self, val_loss, concept_loss):
+        """Write a line for an evaluation; concept_loss may be None."""
+        self.finite("the val loss", val_loss)
+        self.val_loss, self.best_val_loss = val_loss, min(self.best_val_loss, val_loss)
+        line = dict(step=self.step, tokens=self.tokens, val_loss=val_loss, seconds=self.seconds)
+        if concept_loss is not None:
+            line["val_concept_loss"] = concept_loss
+        self.log.write(line)
+
+    def save(self):
+        """Write ckpt.pt and, after an evaluation with keep_checkpoints, step_N.pt before it."""
+        for name, p in self.model.named_parameters():
+            self.finite(f"the weight {name}", p.abs().max().item())
+        if self.ranks.first:
+            content = dict(model_config=asdict(self.model.config), model=self.model.state_dict(),
+                           train_config=asdict(self.cfg), tokenizer=self.meta["tokenizer"],
+                           tokenizer_hash=self.meta["tokenizer_hash"], step=self.step)
+            if self.step and self.at_eval and self.cfg.keep_checkpoints:
+                save_checkpoint(self.out / f"step_{self.step}.pt", **content)
+            save_checkpoint(self.checkpoint, **content | dict(
+                optimizer=self.optimizer.state_dict(), seconds=self.seconds, val_loss=self.val_loss,
+                best_val_loss=self.best_val_loss))
+        self.ranks.wait()
+        if self.step == 0:  # the first checkpoint is written: what is left of an old run goes
+            for stale in (*self.out.glob("step_*.pt"), *self.out.glob("eval.jsonl")):
+                if self.ranks.first:
+                    stale.unlink()
+            self.log.begin()
+        self.restart_clock()
+
+    def end(self):
+        self.ranks.leave()
+        speed = self.tokens / max(self.seconds, 1e-9)
+        print(f"{self.out}: val loss {self.val_loss:.4f} (perplexity "
+              f"{perplexity(self.val_loss):.2f}) on {self.val_rows * self.cfg.block_size:,} val "
+              f"tokens after {self.step} steps, "
+              f"{speed:,.0f} tokens/s")
+
+
+class ValBatches:
+    """Iterates over (x, y, labels or None), as often as wanted. Label concepts are computed once;
+    hidden states, too large to keep, each time."""
+    def __init__(self, batches, label_model):
+        self.batches, self.label_model, self.kept = batches, label_model, None
+        if label_model is not None and label_model.target == "concept":
+            self.kept = [label_model.labels(x, y) for x, y in batches]
+
+    def __iter__(self):
+        for i, (x, y) in enumerate(self.batches):
+            if self.kept is not None:
+                yield x, y, self.kept[i]
+            else:
+                yield x, y, None if self.label_model is None else self.label_model.labels(x, y)

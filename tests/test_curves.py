@@ -1,0 +1,96 @@
+"""Comparing runs from their logs: learning curves, their table and their picture."""
+from support.runtime import UserError
+
+import pytest
+
+from support import curves
+
+
+def log(losses, every=100, seed=1, flops=10, concept_flops=0, speed=50):
+    """A run's log with an evaluation every so many tokens."""
+    head = dict(step=0, seed=seed, max_iters=len(losses), flops_per_token=flops,
+                concept_flops_per_token=concept_flops)
+    return [head] + [dict(step=i, tokens=every * i, val_loss=loss, seconds=every * i / speed)
+                     for i, loss in enumerate(losses, 1)]
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_tokens_to_reach_a_loss_are_interpolated():
+    curve = [100, 200, 300, 400], [5.0, 4.0, 3.0, 3.5]
+    assert curves.tokens_to_reach(*curve, 3.75) == pytest.approx(225)
+    assert curves.tokens_to_reach(*curve, 3.0) == 300
+    assert curves.tokens_to_reach(*curve, 5.5) == 100
+    assert curves.tokens_to_reach(*curve, 2.9) is None
+
+
+def test_the_table_compares_each_run_with_the_first():
+    found = curves.read_curves({
+        "ntp": log([5.0, 4.0, 3.5, 3.25]),
+        "fast": log([4.0, 3.25, 3.0, 2.0], flops=10, concept_flops=20),
+        "slow": log([6.0, 5.0, 4.5, 4.0])})
+    rows = [cells(line) for line in curves.learning_curves(found, columns=2).splitlines()]
+    assert rows[0] == ["run", "seeds", "loss at 0.00M", "loss at 0.00M", "vs first",
+                       "tokens needed", "FLOPs needed", "FLOPs", "seconds"]
+    assert rows[2] == ["ntp", "1", "4.000", "3.250", "–", "–", "–", "4.00e+03", "8"]
+    assert rows[3] == ["fast", "1", "3.250", "2.000", "-1.250", "50.0%", "150.0%", "1.20e+04", "8"]
+    assert rows[4][2:7] == ["5.000", "4.000", "0.750", "not reached", "not reached"]
+
+
+def test_seeds_of_one_method_are_one_curve():
+    logs = {"ntp-1": log([5.0, 3.0], seed=1), "ntp-22": log([6.0, 3.5], seed=22)}
+    found = curves.read_curves({**logs, "other-9": log([1.0], seed=1)})
+    assert list(found) == ["ntp", "other-9"]
+    assert found["ntp"].loss == [5.5, 3.25] and found["ntp"].seeds == [1, 22]
+    assert len(found["other-9"].losses) == 1
+    assert "3.250 ± 0.250" in curves.learning_curves({"ntp": found["ntp"]})
+
+
+def test_runs_are_compared_seed_by_seed():
+    found = curves.read_curves({
+        "ntp-1": log([6.0, 3.0], seed=1), "ntp-2": log([6.0, 4.0], seed=2),
+        "better-1": log([3.0, 2.5], seed=1), "better-2": log([4.5, 3.5], seed=2),
+        "equal-1": log([6.0, 3.0], seed=1), "other-3": log([1.0, 1.0], seed=3)})
+    rows = [cells(line) for line in curves.learning_curves(found).splitlines()]
+    versus = {row[0]: row[4:7] for row in rows}
+    assert versus["better"] == ["-0.500 ± 0.000", "62.5% ± 12.5%", "62.5% ± 12.5%"]
+    assert versus["equal"] == ["0.000", "100.0%", "100.0%"]
+    assert versus["other"] == versus["ntp"] == ["–", "–", "–"]
+    assert curves.spread([-0.0001]) == "0.000" and curves.spread([-0.01]) == "-0.010"
+
+
+def test_runs_without_a_shared_evaluation_are_refused():
+    found = curves.read_curves({"a": log([5.0], every=100), "b": log([5.0], every=70)})
+    with pytest.raises(UserError, match="share no evaluation"):
+        curves.learning_curves(found)
+    with pytest.raises(UserError, match="no evaluation after the start"):
+        curves.read_curves({"a": log([])})
+
+
+def test_a_picture_without_a_suffix_is_drawn_as_png_and_svg(tmp_path):
+    found = curves.read_curves({"ntp-1": log([5.0, 3.0]), "ntp-2": log([5.0, 3.5], seed=2)})
+    written = curves.plot(tmp_path / "c", found).split()
+    assert written == [str(tmp_path / "c.png"), str(tmp_path / "c.svg")]
+    svg = (tmp_path / "c.svg").read_bytes()
+    curves.plot(tmp_path / "again.svg", found)
+    assert (tmp_path / "again.svg").read_bytes() == svg  # the same figure, the same bytes
+
+
+def test_panels_without_runs_are_left_out(tmp_path):
+    found = curves.read_curves({"ntp": log([5.0, 3.0])})
+    panels = {"first": ["ntp", "missing"], "second": ["ntp"], "empty": ["missing"]}
+    curves.plot(tmp_path / "panels.svg", found, panels)
+    svg = (tmp_path / "panels.svg").read_text()  # matplotlib writes each text as a comment, too
+    texts = "training tokens", "first", "second", "empty"
+    assert [svg.count(f"<!-- {text} -->") for text in texts] == [2, 1, 1, 0]
+
+
+def test_of_several_evaluations_the_most_complete_counts():
+    lines = [dict(tokens=8, limit=None, val_tokens=90, perplexity=5.0),
+             dict(tokens=8, limit=2, val_tokens=90, perplexity=7.0, extra=1),
+             dict(tokens=4, limit=None, val_tokens=10, perplexity=9.0)]
+    merged = curves.merge_evaluations(lines)
+    assert [(tokens, line["perplexity"]) for tokens, line in merged] == [(4, 9.0), (8, 5.0)]
+    assert merged[1][1]["extra"] == 1

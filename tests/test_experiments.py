@@ -1,0 +1,170 @@
+"""The experiments under results/ and the command that runs them."""
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+from support.runtime import UserError
+
+import pytest
+from conftest import TINY, run
+from test_curves import log
+
+import sae
+import train
+from support import cli, curves
+from support.log import read_log
+
+ROOT = Path(train.__file__).resolve().parent
+spec = importlib.util.spec_from_file_location("results_run", ROOT / "results" / "run.py")
+experiment = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(experiment)
+
+
+def write_log(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_claim_holds_where_it_does_for_every_seed():
+    ends = {"a": (3.0, 4.0), "b": (3.5, 4.25), "c": (2.5, 4.5)}
+    logs = {f"{name}-{seed}": log([9.0, end], seed=seed)
+            for name, both in ends.items() for seed, end in zip((1, 2), both, strict=True)}
+    claims = {"first": ("a", "b"), "second": ("b", "a"), "third": ("a", "c"), "not run": ("a", "d")}
+    table = experiment.claims_table(curves.read_curves(logs), claims)
+    rows = [row.strip("| ").split(" | ")[3:] for row in table.splitlines()[2:]]
+    assert rows == [["-0.375 ± 0.125", "holds"], ["0.375 ± 0.125", "does not hold"],
+                    ["0.000 ± 0.500", "seeds disagree"]]
+
+
+def test_an_experiment_draws_the_finished_runs(tmp_path):
+    (tmp_path / "experiment.py").write_text("""
+out = "out"
+runs = {"NTP": "train.py", "Pause + KD": "train.py --method=pause", "KD": "train.py"}
+seeds = (1, 2)
+panels = {"none": ["KD"]}
+short = ("KD", "Pause + KD")
+claims = {"a claim": ("KD", "NTP")}
+""")
+    head, *lines = log([5.0, 4.0], seed=2)
+    write_log(tmp_path / "pause_kd-2.jsonl", [head, *lines])
+    write_log(tmp_path / "ntp-1.jsonl", [head, *lines[:-1]])  # unfinished
+    other = head | dict(command="train.py --another")
+    write_log(tmp_path / "kd-2.jsonl", [other, *lines])       # another command
+    head, *lines = log([5.0, 4.5], seed=1)
+    write_log(tmp_path / "pause_kd-1.jsonl", [head | dict(concept_model_hash="another"), *lines])
+    note = "'Pause + KD' had different concept models"
+    assert note in run(experiment.main, tmp_path, "--draw")[1]
+    (tmp_path / "pause_kd-1.jsonl").unlink()
+    status, out, err = run(experiment.main, tmp_path, "--draw")
+    table = (tmp_path / "table.md").read_text()
+    assert status == 0 and "| Pause + KD | 1 |" in out and (tmp_path / "curves.svg").is_file(), err
+    assert "NTP" not in table and "| KD" not in table
+    assert (tmp_path / "short.md").read_text() == table and (tmp_path / "short.png").is_file()
+    assert len((tmp_path / "claims.md").read_text().splitlines()) == 2  # no claim can be checked
+
+
+ONE = 'runs = {"a": "train.py"}\n'
+
+
+@pytest.mark.parametrize("text, message", [
+    ("runs = {}", "runs={}: expected a dict"),
+    ('runs = {"a": 1}', "names and commands must be strings"),
+    (ONE + "seeds = ()", "seeds=()"),
+    ('runs = {"a": "train.py", "A": "train.py"}', "more than case"),
+    (ONE + "at_once = 0", "at_once=0"),
+    (ONE + 'panels = {"x": 5}', "panels: expected lists"),
+    (ONE + 'claims = {"x": ["a"]}', "two rows each"),
+    (ONE + 'once = ("b",)', "'b' in once, short, panels or claims is not a row"),
+    ('runs = {"a": "train.py --seed=1"}\nevery = "--seed=2"', "both set --seed"),
+    (ONE + 'after = {"../a.txt": "eval.py"}', "is not the name of a .txt file"),
+    ("runs = {'a': 'train.py \"b'}", "is not a command"),
+    (ONE + 'panels = {"x": [["a"]]}', "is not a row of runs")])
+def test_what_is_wrong_in_an_experiment_is_named(tmp_path, text, message):
+    (tmp_path / "experiment.py").write_text(f'out = "out"\n{text}\n')
+    status, _, err = run(experiment.main, tmp_path)
+    assert status == 1 and message in err, err
+
+
+def test_the_output_of_a_command_is_kept_until_the_command_changes(tmp_path):
+    script = "import sys; print(*sys.argv[1:]); sys.exit(sys.argv[1] == 'fail')"
+    (tmp_path / "say.py").write_text(script)
+    say, kept = str(tmp_path / "say.py"), tmp_path / "said.txt"
+
+    def run_after(what, again=()):
+        experiment.run_after(tmp_path, {"said.txt": f"{say} {what}"}, again)
+
+    run_after("'one thing'")
+    assert kept.read_text() == f"$ python {say} 'one thing'\none thing\n"
+    kept.write_text(kept.read_text() + "as before")
+    run_after("'one thing'")
+    assert kept.read_text().endswith("as before")
+    run_after("another")
+    assert kept.read_text().endswith("another\nanother\n")
+    run_after("another", again=[1])
+    assert kept.is_file()
+    with pytest.raises(UserError, match="ended with status 1"):
+        run_after("fail", again=[1])
+    assert not kept.exists()  # not the output of earlier runs
+
+
+@pytest.mark.slow
+def test_an_experiment_runs_what_is_missing(dataset, tmp_path, monkeypatch):
+    folder, out, calls, call = tmp_path / "results", tmp_path / "out", [], experiment.call
+    folder.mkdir()
+
+    def write(runs, more=""):
+        every = " ".join([*TINY, f"--dataset={dataset}"])
+        text = f'out = "{out}"\nevery = "{every}"\nruns = {runs}\nat_once = 2\n{more}'
+        (folder / "experiment.py").write_text(text)
+
+    def counting_call(command, *rest):
+        calls.append(command)
+        call(command, *rest)
+
+    monkeypatch.setattr(experiment, "call", counting_call)
+    write({"NTP": "train.py", "Pause + KD": "train.py --method=pause"})
+    status, stdout, err = run(experiment.main, folder)
+    assert status == 0 and len(calls) == 2, err
+    assert "| NTP | 1 |" in (folder / "table.md").read_text() and "| Pause + KD | 1 |" in stdout
+    assert (folder / "curves.svg").is_file()
+    assert read_log(folder / "pause_kd-1337.jsonl")[0]["machine"].endswith("2 runs at once")
+
+    ntp = folder / "ntp-1337.jsonl"
+    write_log(ntp, read_log(ntp)[:-1])
+    assert run(experiment.main, folder)[0] == 0
+    assert read_log(ntp)[-1]["step"] == read_log(ntp)[0]["max_iters"]
+    assert len(calls) == 3 and "train.py --n_layer" in calls[2] and calls[2].endswith("--resume")
+
+    rows = {"NTP": "train.py", "Pause + KD": "train.py --method=pause --beta1=0.8"}
+    before, more = ntp.read_bytes(), 'once = ("NTP",)\nseeds = (1337, 2)\n'
+    write(rows, more)  # a row with another command, and a second seed of it
+    assert run(experiment.main, folder)[0] == 0 and len(calls) == 5
+    assert all("--beta1=0.8" in command for command in calls[3:])
+    assert ntp.read_bytes() == before and not (folder / "ntp-2.jsonl").exists()
+
+    shutil.rmtree(out / "pause_kd-2")
+    (folder / "pause_kd-2.jsonl").unlink()
+    rows["Pause + KD"] = rows["Pause + KD"].replace("0.8", "0.7")
+    write(rows, more)  # what the old command left is removed
+    assert run(experiment.main, folder, "--only=Pause")[0] == 0 and len(calls) == 7
+    assert "beta1=0.7" in read_log(folder / "pause_kd-1337.jsonl")[0]["command"]
+
+    broken = f'{{"broken": "train.py --n_head=7 --n_embd=16 --dataset={dataset}"}}'
+    (folder / "experiment.py").write_text(f'out = "{out}"\nruns = {broken}\n')
+    status, _, err = run(experiment.main, folder)
+    assert status == 1 and "n_embd=16 is not divisible" in err
+
+
+@pytest.mark.parametrize("name, rows",
+                         [("stdlib-ablations", 25), ("books-cpu", 19), ("books-h200", 8)])
+def test_each_row_of_an_experiment_is_a_run_that_its_script_accepts(name, rows):
+    e = experiment.read_experiment(ROOT / "results" / name / "experiment.py")
+    commands = [*e["before"].values(), *(f"{row} {e['every']}" for row in e["runs"].values())]
+    for command in commands:
+        script, *argv = command.split()
+        argv = [str(ROOT / arg) if arg.startswith("config/") else arg for arg in argv]
+        cfg, rest = cli.parse({"train.py": train, "sae.py": sae}[script].Config, argv)
+        assert not rest
+        if script == "train.py":
+            train.model_config(cfg, 4096, 2048, 160)  # raises where the keys don't fit together
+    assert len({experiment.file_name(row) for row in e["runs"]}) == len(e["runs"]) == rows

@@ -1,0 +1,209 @@
+"""sample.py: generation, steering of the run and of its concept model, inspection."""
+import shutil
+
+from support.runtime import UserError
+
+import pytest
+import torch
+from conftest import run, tiny_gpt
+
+import concepts
+import sample
+from model import GPT, load_model
+from sae import SAE
+from support.checkpoint import load_checkpoint
+from support.concept_index import describe, find, index_of_run, used
+from support.engine import generate
+from support.kernels import normalize
+from support.tokens import load_tokenizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def cocomix(chain, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sample") / "cocomix"
+    shutil.copytree(chain["cocomix"], folder)
+    content = load_checkpoint(folder)
+    model, concept_model = load_model(content), concepts.concept_model_of_run(content, CPU)
+    index = index_of_run(folder / "ckpt.pt", content, model, concept_model, CPU, 4000)
+    return folder, model, index, load_tokenizer(content["tokenizer"])
+
+
+def sections(out):
+    """{title of a text's heading: the text}."""
+    parts = [part.partition("\n") for part in out.split("── ")[1:]]
+    return {title.rstrip(" ─"): text.strip() for title, _, text in parts}
+
+
+# -- steering the concept model ------------------------------------------------------------------
+
+def factors(**values):
+    scale = torch.ones(40, dtype=torch.float64)
+    for name, factor in values.items():
+        scale[int(name[1:])] = factor
+    return scale
+
+
+def tiny_concept_model(layer=1, **settings):
+    sae = SAE(24, 40, 6).double().requires_grad_(False)
+    torch.nn.init.normal_(sae.latent_bias, std=0.3)
+    torch.nn.init.normal_(sae.pre_bias, std=0.3)
+    gpt = tiny_gpt(**settings).requires_grad_(False).eval()
+    return concepts.ConceptModel(gpt, sae, layer)
+
+
+def test_the_steered_sae_equals_the_dense_formula():
+    sae = tiny_concept_model().sae
+    h, scale = torch.randn(2, 9, 24, dtype=torch.float64), factors(c3=-8, c17=5)
+    x, mean, std = normalize(h)
+    pre = (x - sae.pre_bias) @ sae.encoder.T + sae.latent_bias
+
+    def dense(z):
+        top = z.topk(6)
+        return torch.zeros_like(z).scatter(-1, top.indices, top.values.relu())
+    change, steered, _ = concepts.SteeredSAE(sae)(h, scale=scale)
+    expected = (dense(pre * scale) - dense(pre)) @ sae.decoder * std
+    torch.testing.assert_close(change, expected)
+    assert torch.equal(steered.indices, (pre * scale).topk(6).indices)
+    assert (steered.indices == 3).any() and change.abs().max() > 0.01
+
+
+def test_an_active_concept_is_multiplied_and_the_rest_of_the_hidden_state_kept():
+    sae = tiny_concept_model().sae
+    h = torch.randn(2, 9, 24, dtype=torch.float64)
+    x, _, std = normalize(h)
+    active = sae.encode(x)
+    concept = active.indices[0, 0, 0].item()
+    change = concepts.SteeredSAE(sae)(h, scale=factors(**{f"c{concept}": 3.0}))[0]
+    here = (active.indices == concept) & (active.values > 0)
+    c = (active.values * here).sum(-1, keepdim=True)
+    # (3 - 1) · c_i · W_dec,i · σ
+    expected, where = 2 * c * sae.decoder[concept] * std, here.any(-1)
+    assert where.any()
+    torch.testing.assert_close(change[where], expected[where])
+
+
+def test_factors_of_one_do_not_change_the_concept_model():
+    concept_model = tiny_concept_model()
+    gpt, steered = concept_model.gpt, concepts.steerable(concept_model)
+    x, y = torch.randint(61, (2, 12)), torch.randint(61, (2, 12))
+    torch.testing.assert_close(steered(x, scale=factors()).logits, gpt(x).logits)
+    torch.testing.assert_close(steered(x, y).loss, gpt(x, y).loss)
+    changed = steered(x, scale=factors(c3=-8, c5=-8)).logits
+    assert not torch.allclose(changed, gpt(x).logits)
+    sweep = torch.stack([factors(), factors(c3=-8), factors(c5=9)])[:, None]
+
+    def continued(model, **options):  # beyond block_size
+        return generate(model, x[:, :5], 20, generator=torch.Generator().manual_seed(1), **options)
+    texts = continued(steered, scale=sweep)
+    assert torch.equal(texts, continued(steered, scale=sweep, use_cache=False))
+    assert torch.equal(texts[:2], continued(gpt))
+    assert gpt.mixer is None and isinstance(steered, GPT) and steered.wte is gpt.wte
+
+
+def test_a_concept_model_with_a_mixer_of_its_own_is_refused():
+    with pytest.raises(UserError, match="--model=run"):
+        concepts.steerable(tiny_concept_model(layer=0, insert="pause"))
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+def test_sample_is_repeatable(cocomix):
+    common = [cocomix[0], "--device=cpu", "--max_new_tokens=12", "--start=def f"]
+    plain = run(sample.main, *common)
+    assert plain[0] == 0 and "def f" in plain[1] and plain == run(sample.main, *common)
+    assert run(sample.main, *common, "--seed=2")[1] != plain[1]
+
+
+def test_steer_takes_numbers_and_words_and_shows_both_models(cocomix):
+    folder, _, index, tokenizer = cocomix
+    common = [folder, "--device=cpu", "--max_new_tokens=12", "--start=ab"]
+    status, out, err = run(sample.main, *common, "--steer=3:9,17:-9")
+    assert status == 0 and "concept 3 × 9" in out and "concept 17 × -9" in out, err
+    assert out.count("COCOMIX") == 2 and out.count("│ CONCEPT MODEL") == 2
+    word = tokenizer.decode(index.next_ids(3, 1))
+    found = find([describe(index, c, tokenizer) for c in used(index)], word)[0]["id"]
+    status, out, err = run(sample.main, *common, f"--steer={word}:-8", "--model=run")
+    assert status == 0 and f"{word!r}: concept {found}, at" in out and "│" not in out, err
+    assert f"concept {found} × -8, before {index.name(found, tokenizer)}" in out
+    status, out, err = run(sample.main, *common, "--steer")
+    assert status == 0 and out.count("── concept") == 3, err
+
+
+def test_a_factor_of_one_changes_nothing_and_a_sweep_has_a_text_per_factor(cocomix):
+    common = [cocomix[0], "--device=cpu", "--max_new_tokens=20", "--start=def f", "--model=run"]
+    plain = sections(run(sample.main, *common)[1])["sample 1"]
+    texts = sections(run(sample.main, *common, "--steer=3:1")[1])
+    assert list(texts.values()) == [plain, plain]
+    status, out, err = run(sample.main, *common, "--steer=3", "--steer_sweep")
+    texts = sections(out)
+    assert status == 0 and list(texts) == [f"× {factor}" for factor in sample.SWEEP], err
+    assert texts["× 1"] == plain
+    for factor in (-10, 10):
+        alone = sections(run(sample.main, *common, f"--steer=3:{factor}")[1])
+        assert list(alone.values())[1] == texts[f"× {factor}"]
+
+
+def test_without_its_concept_model_only_the_run_is_steered(cocomix, tmp_path):
+    content = torch.load(cocomix[0] / "ckpt.pt", weights_only=True)
+    shutil.copytree(cocomix[0], tmp_path / "run")
+    content["train_config"]["concept_model"] = str(tmp_path / "gone")
+    torch.save(content, tmp_path / "run/ckpt.pt")
+    common = [tmp_path / "run", "--device=cpu", "--max_new_tokens=5", "--steer=3:9"]
+    status, out, err = run(sample.main, *common)
+    assert status == 0 and "only the run is steered" in out and "│" not in out, err
+    status, out, err = run(sample.main, *common, "--model=both")
+    assert status == 1 and "no checkpoint at" in err
+
+
+def test_inspect_shows_each_tokens_predicted_concepts_by_name_and_weight(cocomix, monkeypatch):
+    folder, model, index, tokenizer = cocomix
+    monkeypatch.setenv("COLUMNS", "70")
+    status, out, err = run(sample.main, folder, "--device=cpu", "--inspect", "--start=abcab",
+                           "--max_new_tokens=60", "--top_k=5")
+    assert status == 0, err
+    text, _, gloss = out.strip().partition("\n\nCoCoMix:\n")
+    ids = tokenizer.encode_ordinary(text.partition("\n")[2])
+    assert len(ids) == 65  # the prompt's tokens, too
+    assert all(len(line) <= 70 for line in gloss.splitlines())
+    groups = [group.splitlines() for group in gloss.strip().split("\n\n")]
+    tokens = [cell for group in groups for cell in group[0].split()]
+    assert tokens == [repr(tokenizer.decode([t])) for t in ids]
+    shown = [cell.strip() for group in groups for cell in group[1].split("  ") if cell.strip()]
+    first = model(torch.tensor([ids[:32]])).concepts  # within block_size: the whole forward
+    strongest = zip(first.indices[0, :, 0].tolist(), first.values[0, :, 0].tolist(), strict=True)
+    expected = [f"{c} {index.name(c, tokenizer, 1)} {z:.1f}" for c, z in strongest]
+    assert shown[:32] == expected and len(shown) == 65
+
+
+def test_beyond_block_size_concepts_are_read_with_half_a_block_before_them():
+    model = tiny_gpt(insert="concept")
+    idx = torch.randint(61, (1, 45))
+    top = sample.concepts_at(model, idx)
+    assert top.values.shape == (1, 45, 5)
+    for t in (0, 15, 16, 23, 24, 31, 32, 40, 44):
+        start = 0 if t < 16 else (t // 8 - 1) * 8
+        alone = model.concepts(idx[:, start:t + 1])
+        assert torch.equal(top.indices[:, t], alone.indices[:, -1])
+
+
+def test_columns_and_glosses_fit_the_screen():
+    assert sample.columns(["abc\n\nde", "x" * 25], 23).splitlines() == [
+        "abc        │ " + "x" * 10, "           │ " + "x" * 10, "de         │ xxxxx"]
+    assert sample.columns(["one text " * 20], 23) == "one text " * 20
+    cells = [["'a'", "1 x"], ["'bb'", "22 yyy"], ["'c'", "3"]]
+    assert sample.gloss(cells, 14) == "'a'  'bb'\n1 x  22 yyy\n\n'c'\n3\n"
+
+
+@pytest.mark.cuda
+def test_reading_and_steering_run_on_a_gpu(cocomix, tmp_path):
+    shutil.copy(cocomix[0] / "ckpt.pt", tmp_path / "ckpt.pt")
+    assert run(concepts.main, tmp_path, "--device=cuda", "--tokens=4000")[0] == 0
+    content = load_checkpoint(tmp_path)
+    on_gpu = index_of_run(tmp_path / "ckpt.pt", content, load_model(content), pytest.fail, CPU)
+    index, difference = cocomix[2], (on_gpu.labelled - cocomix[2].labelled).abs().sum()
+    assert difference <= 0.1 * index.labelled.sum()  # bfloat16
+    status, _, err = run(sample.main, tmp_path, "--device=cuda", "--steer", "--inspect",
+                         "--max_new_tokens=8")
+    assert status == 0, err

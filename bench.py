@@ -31,7 +31,7 @@ from support.runtime import UserError, run
 import torch
 
 import train
-from concepts import ConceptModel, Targets, check_tokenizer, load_concept_model
+from concepts import ConceptModel, Targets, load_concept_model
 from model import GPT, ModelConfig
 from sae import SAE
 from support import accounting, reference
@@ -41,7 +41,7 @@ from support.device import compile_model, pick_device, should_compile, uses_bf16
 from support.files import atomic_write
 from support.log import read_log
 from support.step_parts import clocked, show_parts
-from support.tokens import load_meta
+from support.tokens import check_tokenizer, load_meta
 
 MEASURED = Path(__file__).resolve().parent / "results" / "bench-h200.jsonl"
 

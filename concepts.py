@@ -12,9 +12,6 @@ For tokens and their targets, with h the hidden state after block concept_layer:
     g = ∂(mean next-token loss) / ∂h                           weights frozen
     a_i = c_i · ⟨W_dec,i, g⟩                                   attribution, at the active i (eq. 1)
     labels = the attr_k largest a_i                            concepts that would raise the loss
-
-The lower blocks run without gradients, the upper ones with a gradient for h only. Steering changes
-the SAE's concepts of the frozen model (SteeredSAE).
 """
 from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple
@@ -33,8 +30,8 @@ from support.cli import key, parse
 from support.concept_index import column_norms, index_of_run
 from support.device import pick_device, uses_bf16
 from support.kernels import Teacher, TopK, gathered_dot, linear_cross_entropy, normalize, topk
-from support.labels import write_labels
-from support.tokens import check_tokenizer, load_meta, load_tokenizer
+from support.labels import write_all
+from support.tokens import load_tokenizer
 
 
 class Targets(NamedTuple):
@@ -53,7 +50,6 @@ class ConceptModel:
     sign          raise: the largest a_i (paper and code); lower: the largest -a_i; abs: |a_i|
     teaches       whether its next-token distribution is needed too
     bf16          the GPT's matrix products in bfloat16 (the SAE's stay in float32)
-    compile       torch.compile everything but autograd.grad, which it cannot trace
     """
     def __init__(self, gpt, sae, layer, attr_k=4, select="attribution", attribution="code",
                  sign="raise", target="concept", teaches=False, bf16=False, compile=False):
@@ -65,7 +61,7 @@ class ConceptModel:
         self.gpt, self.sae, self.layer, self.bf16, self.compile = gpt, sae, layer, bf16, compile
         self.attr_k, self.select, self.attribution, self.sign = attr_k, select, attribution, sign
         self.target, self.teaches = target, teaches
-        if compile:
+        if compile:  # everything but autograd.grad, which it cannot trace
             for name in ("_lower", "_upper", "_choose"):
                 setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
 
@@ -244,11 +240,7 @@ def main(argv):
         return published.download(cfg.sae, cfg.concept_layer)
     device = pick_device(cfg.device)
     if cfg.write_labels:
-        meta = load_meta(cfg.dataset)
-        concept_model, tokenizer = load_concept_model(cfg, device)
-        check_tokenizer(cfg, meta, tokenizer, concept_model.gpt)
-        print(f"labels: {write_labels(concept_model, cfg, meta['vocab_size'], device)}")
-        return
+        return write_all(*load_concept_model(cfg, device), cfg, device)
     path = find_checkpoint(rest[0] if rest else None)
     content = load_checkpoint(path, RUN)
     report.check_run(content, cfg.weights)

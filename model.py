@@ -39,7 +39,6 @@ class Output(NamedTuple):
 
 
 class Mixed(NamedTuple):
-    """What the mixer returns to the stack."""
     h: torch.Tensor                    # (B, 2T, d) interleaved, else (B, T, d)
     concepts: TopK | None              # (B, T, concept_k)
     concept_loss: torch.Tensor | None
@@ -64,8 +63,7 @@ class ModelConfig:
     hidden_size: int = 0         # insert="hidden": width of the concept model
     distance: str = "l2"         # insert="hidden": its loss
 
-    def __post_init__(self):
-        check_model_config(self)
+    __post_init__ = check_model_config
 
     @property
     def interleaved(self):
@@ -138,7 +136,6 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
-# --------------------------------------------------------------------------------------------------
 # The mixer: forward(h, labels, scale) → (ĉ (B, T, d) or None, concepts or None, loss or None)
 
 class ConceptMixer(nn.Module):
@@ -203,9 +200,8 @@ class GPT(nn.Module):
     def embed(self, idx, past=0, positions=None):
         """Tokens (B, T) → (B, T, d); the first is at position `past`, or each at its own of
         `positions` (B, T)."""
-        if positions is None:
-            return self.drop(self.wte(idx) + self.wpe.weight[past:past + idx.shape[1]])
-        return self.drop(self.wte(idx) + self.wpe(positions))
+        at = self.wpe.weight[past:past + idx.shape[1]] if positions is None else self.wpe(positions)
+        return self.drop(self.wte(idx) + at)
 
     def forward_blocks(self, x, start, stop, cache=None, mask=None):
         """x at the input of block `start` → after block stop-1.

@@ -64,10 +64,9 @@ class SAE(nn.Module):
         self.latent_bias = nn.Parameter(torch.zeros(n_concepts))                # b_lat
         self.encoder = nn.Parameter(torch.randn(n_concepts, d) / math.sqrt(d))  # W_enc
         self.decoder = nn.Parameter(F.normalize(self.encoder.detach(), dim=1))  # W_dec.T
-        since_active = torch.zeros(n_concepts, dtype=torch.long)
-        self.register_buffer("since_active", since_active)             # tokens since it last fired
-        self.register_buffer("frequency", torch.zeros(n_concepts))     # share of tokens it fires on
-        self.register_buffer("mean_square", torch.zeros(n_concepts))   # of its activation
+        self.register_buffer("since_active", torch.zeros(n_concepts, dtype=torch.long))  # tokens
+        self.register_buffer("frequency", torch.zeros(n_concepts))    # share of tokens it fires on
+        self.register_buffer("mean_square", torch.zeros(n_concepts))  # of its activation
 
     def encode(self, x):
         """Normalised hidden states (…, d) → active concepts, TopK (…, k), values ≥ 0."""
@@ -90,12 +89,9 @@ class SAE(nn.Module):
 
 
 def load_sae(name, layer, d, device="cpu", gpt=None):
-    """A frozen SAE: "openai" or "openai_128k" (published for GPT-2 124M), a .pt file in the
-    published layout, or the folder of a run of this script.
-
-    d: the width of its hidden states. UserError: missing, damaged, of another width or layer, or
-    trained on another model than gpt.
-    """
+    """A frozen SAE for hidden states of width d: "openai" or "openai_128k" (published for GPT-2
+    124M), a .pt file in the published layout, or the folder of a run of this script. UserError:
+    missing, damaged, of another width or layer, or trained on another model than gpt."""
     state, k = published.load_sae(name, layer, d, gpt)
     sae = SAE(d, len(state["encoder"]), k)
     sae.load_state_dict(state)

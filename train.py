@@ -19,14 +19,14 @@ from support.runtime import Stop
 
 import torch
 
-from concepts import Targets, check_tokenizer, load_concept_model
+from concepts import Targets, load_concept_model
 from model import GPT, ModelConfig, load_model
 from support import runtime
-from support.accounting import label_flops_per_token
 from support.cli import key
 from support.device import should_compile
 from support.files import mixed_seed
 from support.labels import open_labels
+from support.tokens import check_tokenizer
 from support.training import TrainingRun, read_config
 
 
@@ -48,8 +48,7 @@ class Config:
     concept_lr_scale: float = key(1.0, "factor on the mixer's learning rate", low=0)
     mix: Literal["interleave", "interleave_residual", "add", "none"] = key(
         "interleave", "insert ĉ after each h, or h + ĉ after each h; add ĉ to h; insert nothing")
-    target: Literal["concept", "l1", "l2", "cos"] = key(
-        "concept", "predict concepts, or the concept model's hidden state with this distance")
+    target: Literal["concept", "l1", "l2", "cos"] = key("concept", "or hidden state, by distance")
     kd_weight: float = key(0.1, "weight of KL(concept model ‖ model) in kd", low=0)
     labels: Literal["fly", "disk"] = key("fly", "computed at each step, or read from disk")
     concept_model: str = key("gpt2", "names the concepts: a run, GPT-2 weights, or gpt2")
@@ -96,10 +95,9 @@ class Config:
 
 def inserts(cfg):
     """The method's mixer: none, pause, concept or hidden."""
-    kind = cfg.method.removesuffix("_kd")
-    if kind == "cocomix":
+    if cfg.method.startswith("cocomix"):
         return "concept" if cfg.target == "concept" else "hidden"
-    return "pause" if kind == "pause" else "none"
+    return "pause" if cfg.method.startswith("pause") else "none"
 
 
 def is_taught(cfg):
@@ -175,8 +173,7 @@ def accumulate(run, concept_model, x, y, stored):
         with run.autocast:
             losses = step_losses(run.parallel, run.cfg, x[rows], y[rows], targets)
         (losses.total * share).backward()
-        named = dict(loss=losses.next_token, concept_loss=losses.concept, kl=losses.kl)
-        for name, value in named.items():
+        for name, value in zip(("loss", "concept_loss", "kl"), losses[1:], strict=True):
             if value is not None:
                 means[name] = means.get(name, 0) + value * share
     return means
@@ -243,15 +240,12 @@ def main(argv):
     optimizer = make_optimizer(model, cfg, run.device)
     predicts = inserts(cfg) in ("concept", "hidden")
     asked = is_taught(cfg) or predicts and cfg.concept_weight > 0  # at every step
-    flops = label_flops_per_token(concept_model, cfg.block_size) if concept_model and asked else 0
-    run.attach(model, optimizer, concept_model, flops)
-
+    run.attach(model, optimizer, concept_model, asked)
     val = run.validation_batches(concept_model if predicts else None)
     if not asked:
         concept_model = None
     elif stored_labels is not None:  # only its next-token distribution is left to ask for
         concept_model = concept_model.distribution_only() if is_taught(cfg) else None
-
     with Stop() as stop, run.start():
         model.train()
         if run.step == 0:

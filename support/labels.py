@@ -14,7 +14,7 @@ import numpy as np
 
 from support.checkpoint import model_hash
 from support.files import fingerprint
-from support.tokens import dataset_dir, load_tokens, mapped, sequential
+from support.tokens import check_tokenizer, dataset_dir, load_meta, load_tokens, mapped, sequential
 
 HEADER = 4096  # bytes
 TOKENS = 8192  # labelled at a time
@@ -105,3 +105,10 @@ def write_labels(concept_model, keys, vocab_size, device):
         raise UserError(f"{part} can't be written ({e.strerror or e}); free some space, then run "
                         "the same command to resume") from e
     return path
+
+
+def write_all(concept_model, tokenizer, cfg, device):
+    """The command concepts.py --write_labels."""
+    meta = load_meta(cfg.dataset)
+    check_tokenizer(cfg, meta, tokenizer, concept_model.gpt)
+    print(f"labels: {write_labels(concept_model, cfg, meta['vocab_size'], device)}")

@@ -10,7 +10,13 @@ from support.runtime import UserError, check_finite, progress
 
 import torch
 
-from support.accounting import flops_per_token, micro_batch, num_params, peak_flops
+from support.accounting import (
+    flops_per_token,
+    label_flops_per_token,
+    micro_batch,
+    num_params,
+    peak_flops,
+)
 from support.checkpoint import RUN, load_checkpoint, load_optimizer, model_hash, save_checkpoint
 from support.cli import check_unchanged, parse
 from support.curves import perplexity
@@ -110,8 +116,9 @@ class TrainingRun:
         check_unchanged(content["train_config"], asdict(self.cfg), self.checkpoint, FREE)
         return content
 
-    def attach(self, model, optimizer, concept_model, concept_flops):
-        """The models to train with. Resumes the optimizer, opens the log, says what is trained."""
+    def attach(self, model, optimizer, concept_model, asked):
+        """The models to train with; asked: whether steps ask the concept model (or None). Resumes
+        the optimizer, opens the log, says what is trained."""
         cfg, ranks = self.cfg, self.ranks
         self.model, self.optimizer = model, optimizer
         if self.content is not None:
@@ -127,6 +134,7 @@ class TrainingRun:
         rows = cfg.batch_size // ranks.size
         self.micro = micro_batch(cfg, rows, model, concept_model, self.device)
         self.peak, self.norms, self.spikes = peak_flops(self.device), [], SpikeDetector()
+        concept_flops = label_flops_per_token(concept_model, cfg.block_size) if asked else 0
         self.flops = flops_per_token(model) + concept_flops
         self._open_log(concept_model, concept_flops)
         where = f"{ranks.size} × " * (ranks.size > 1) + self.device.type

@@ -1,18 +1,18 @@
-# Every baseline and every ablation of the paper at the demo's size: python results/run.py
-# results/stdlib-ablations
-# (make ablations). All rows see the same batches in the same order, two seeds each (initialisation
-# and order).
+# Every baseline and every ablation of the paper at the demo's size (make ablations):
+#     python results/run.py results/stdlib-ablations
+# Three seeds, each with its own concept model and SAE. With the same seed all rows see the same
+# batches in the same order.
 out = "out/ablations"
 prepare = ["data/stdlib/prepare.py"]
-before = {  # made once: the concept model, longer trained than its students, and its SAE
-    "gpt": "train.py config/stdlib_gpt.py --max_iters=2000",
-    "sae": "sae.py config/stdlib_sae.py --concept_model=out/ablations/gpt",
+before = {  # the concept model is trained longer than its students
+    "gpt-SEED": "train.py config/stdlib_gpt.py --max_iters=2000 --seed=SEED",
+    "sae-SEED": "sae.py config/stdlib_sae.py --concept_model=out/ablations/gpt-SEED --seed=SEED",
 }
-every = "--concept_model=out/ablations/gpt --max_iters=400 --eval_interval=50 --eval_iters=20"
+every = "--concept_model=out/ablations/gpt-SEED --max_iters=400 --eval_interval=50 --eval_iters=20"
 # wider: as many active parameters as cocomix
 ntp = "train.py config/stdlib_ntp.py --concept_layer=1 --insert_layer=2"
 # the paper's form
-cocomix = ("train.py config/stdlib_cocomix.py --sae=out/ablations/sae --mix=interleave "
+cocomix = ("train.py config/stdlib_cocomix.py --sae=out/ablations/sae-SEED --mix=interleave "
     "--select=attribution --concept_weight=0.1 --concept_lr_scale=1")
 # the demo's
 tuned = (f"{cocomix} --mix=interleave_residual --select=activation --concept_weight=1 "
@@ -83,5 +83,5 @@ claims = {  # the paper's, then those about the tuned form
     "tuned: attribution under activation": ("tuned, attribution", "tuned"),
     "tuned: mixing under none": ("tuned", "tuned, nothing mixed in"),
 }
-seeds = (1337, 1)
+seeds = (1, 2, 3)
 at_once = 2  # runs side by side, one thread each

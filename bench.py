@@ -45,7 +45,6 @@ from support.tokens import check_tokenizer, load_meta
 
 MEASURED = Path(__file__).resolve().parent / "results" / "bench-h200.jsonl"
 
-
 @dataclass(frozen=True)
 class Config(train.Config):
     count: bool = key(False, "only count parameters and FLOPs")
@@ -57,7 +56,6 @@ class Config(train.Config):
     memory: bool = key(True, "measure peak memory (on a CPU: in one process per row)")
     only_row: int | None = key(None, "internal: serve this row alone to another bench.py", low=0)
     write: str | None = key(None, "append the rows to this .jsonl file")
-
 
 def concept_model_of(cfg, device):
     """The run's concept model, or None. For gpt2: random weights of its and its SAE's shapes."""
@@ -77,7 +75,6 @@ def concept_model_of(cfg, device):
     return ConceptModel(gpt, sae, cfg.concept_layer, cfg.attr_k, cfg.select, cfg.attribution,
                         cfg.attribution_sign, target, taught, bf16, compiled)
 
-
 def make_models(cfg, device):
     """A run's (GPT, ConceptModel or None), random weights; on the meta device, shapes only."""
     try:
@@ -94,7 +91,6 @@ def make_models(cfg, device):
     with device:
         return GPT(train.model_config(cfg, vocab_size, n_concepts, hidden_size)), concept_model
 
-
 def asked(cfg, concept_model):
     """What the run's steps ask of its concept model: everything, its distribution only, or None."""
     if concept_model is None:
@@ -102,7 +98,6 @@ def asked(cfg, concept_model):
     if concept_model.target != "none" and cfg.labels == "fly" and cfg.concept_weight > 0:
         return concept_model
     return concept_model.distribution_only() if concept_model.teaches else None
-
 
 def count(name, cfg):
     """A row of --count; millions of parameters and FLOPs per token, billions of tokens."""
@@ -116,7 +111,6 @@ def count(name, cfg):
                 active_params=num_params(model, active=True) / 1e6,
                 flops=flops_per_token(model) / 1e6, concept_flops=concept_flops / 1e6 or None,
                 tokens=tokens / 1e9, hours=hours)
-
 
 class Row:
     """One method's models, optimizer and training step, on a batch of random tokens.
@@ -194,7 +188,6 @@ class Row:
         """Seconds per step, the mean of some steps."""
         return self.process.turn() if self.process else clocked(self.step, self.device, steps)
 
-
 def measure(rows, rounds, steps):
     """Give each row its turn in each round."""
     for _ in range(rounds):
@@ -208,14 +201,12 @@ def measure(rows, rounds, steps):
         if row.process:
             row.process.end()
 
-
 def peak_on_gpu(row):
     """Peak bytes of GPU memory during a step, without the other rows' models."""
     torch.cuda.reset_peak_memory_stats(row.device)
     others = torch.cuda.memory_allocated(row.device) - row.allocated
     row.step()
     return torch.cuda.max_memory_allocated(row.device) - others
-
 
 class Process:
     """A process that runs row i alone. peak: its resident bytes, libraries included."""
@@ -241,7 +232,6 @@ class Process:
     def end(self):
         self.process.communicate()
 
-
 def serve_row(name, cfg, kind):
     """The other side of a Process: print the row's peak, then the seconds of each turn."""
     # pick_device would keep freed memory, which the official code does not do
@@ -253,7 +243,6 @@ def serve_row(name, cfg, kind):
     for _ in sys.stdin:
         row.step()  # this process was idle during the others' turns
         print(row.turn(cfg.steps), flush=True)
-
 
 COLUMNS = (("row", "row", "{}"), ("tokens_per_s", "tokens/s", "{:,.0f}"),
            ("speed_ratio", "÷ first row", "{:.2f}"), ("flops_per_token", "FLOP/token", "{:.2e}"),
@@ -267,14 +256,12 @@ COUNTED = (("row", "config", "{}"), ("shape", "blocks × width", "{}"),
            ("flops", "MFLOP a token", "{:,.0f}"), ("concept_flops", "concept model's", "{:,.0f}"),
            ("tokens", "tokens, B", "{:g}"), ("hours", "hours on one H200", "{}"))
 
-
 def table(found, columns=COLUMNS):
     """Dicts as a Markdown table; – for a missing value."""
     lines = [[title for _, title, _ in columns], ["---"] + ["---:"] * (len(columns) - 1)]
     for row in found:
         lines.append(["–" if row.get(n) is None else f.format(row[n]) for n, _, f in columns])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
 
 def read_rows(argv):
     """(the last file's Config, [(name, Config, kind)] of the rows to measure) of a command line."""
@@ -307,7 +294,6 @@ def read_rows(argv):
         raise UserError(f"only_row={cfg.only_row}: there are rows 0 to {len(wanted) - 1}")
     return cfg, wanted
 
-
 def open_rows(argv, cfg, wanted, device):
     """The Rows to measure. On a CPU their peak memory is that of a process for each."""
     processes, peaks, on_cpu = [], [], device.type == "cpu"
@@ -325,7 +311,6 @@ def open_rows(argv, cfg, wanted, device):
     for row in rows if cfg.memory and device.type == "cuda" else ():
         row.peak = peak_on_gpu(row)
     return rows
-
 
 def result_of(row, first, machine, gpu_peak):
     """A row's line of the table; first: the row it is compared with."""
@@ -349,7 +334,6 @@ def result_of(row, first, machine, gpu_peak):
         concept_flops_share=None if share is None else row.concept_flops / row.flops,
         rounds=cfg.rounds, steps=cfg.steps)
 
-
 def append_results(path, results):
     before = Path(path).read_bytes() if Path(path).is_file() else b""
     with atomic_write(path) as file:
@@ -357,7 +341,6 @@ def append_results(path, results):
         for result in results:
             line = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in result.items()}
             file.write(json.dumps(line).encode() + b"\n")
-
 
 def main(argv):
     cfg, wanted = read_rows(argv)
@@ -382,7 +365,6 @@ def main(argv):
             result["parts"] = show_parts(row, row.x.numel() / result["tokens_per_s"])
     if cfg.write:
         append_results(cfg.write, results)
-
 
 if __name__ == "__main__":
     run(main)

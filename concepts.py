@@ -33,13 +33,11 @@ from support.kernels import Teacher, TopK, gathered_dot, linear_cross_entropy, n
 from support.labels import write_all
 from support.tokens import load_tokenizer
 
-
 class Targets(NamedTuple):
     """What the concept model says about a batch; None where it was not asked."""
     labels: torch.Tensor | None = None  # (B, T, attr_k) concepts, or (B, T, d) hidden states
     teacher: Teacher | None = None      # its next-token distribution (KD)
     active: TopK | None = None          # (B, T, k) the SAE's active concepts
-
 
 class ConceptModel:
     """A frozen GPT and its SAE (None where no concepts are needed).
@@ -143,7 +141,6 @@ class ConceptModel:
             return a.abs()
         return -a if self.sign == "lower" else a
 
-
 def load_concept_model(cfg, device, target="concept", teaches=False, compile=False):
     """(ConceptModel, its tokenizer's hash) from a Config with the label keys."""
     gpt, tokenizer = load_gpt(cfg.concept_model, device)
@@ -154,7 +151,6 @@ def load_concept_model(cfg, device, target="concept", teaches=False, compile=Fal
     return ConceptModel(gpt, sae, cfg.concept_layer, cfg.attr_k, cfg.select, cfg.attribution,
                         cfg.attribution_sign, target, teaches, uses_bf16(cfg.dtype, device),
                         compile), tokenizer
-
 
 class SteeredSAE(nn.Module):
     """An SAE in place of a mixer: the frozen concept model is steered as a CoCoMix model is.
@@ -179,7 +175,6 @@ class SteeredSAE(nn.Module):
         change = self.sae.decode(steered) - self.sae.decode(plain)
         return change.to(h.dtype) * std, steered, None
 
-
 def steerable(concept_model):
     """A concept model's GPT with SteeredSAE as its mixer; the weights are shared."""
     gpt, sae = concept_model.gpt, concept_model.sae
@@ -194,7 +189,6 @@ def steerable(concept_model):
         setattr(steered, name, getattr(gpt, name))
     steered.mixer = SteeredSAE(sae)
     return steered.eval()
-
 
 @dataclass(frozen=True)
 class Config:
@@ -220,9 +214,7 @@ class Config:
     write_labels: bool = key(False, "store the labels of all train tokens for a train.py config")
     download: bool = key(False, "fetch GPT-2 and the published SAE of --concept_layer")
 
-
 LABEL_KEYS = [f.name for f in fields(Config)][:11]
-
 
 def concept_model_of_run(content, device):
     """The ConceptModel that a checkpoint's run learned from; None if it learned no concepts."""
@@ -231,7 +223,6 @@ def concept_model_of_run(content, device):
         return None
     trained = {k: v for k, v in content["train_config"].items() if k in LABEL_KEYS}
     return load_concept_model(Config(**trained), device, target)[0]
-
 
 def main(argv):
     cfg, rest = parse(Config, argv, __doc__, most=1, files="shared")
@@ -251,7 +242,6 @@ def main(argv):
     index = index_of_run(path, content, model, concept_model, device, cfg.tokens)
     report.show_index(path, content, model, load_tokenizer(content["tokenizer"]), index, cfg,
                       concept_model)
-
 
 if __name__ == "__main__":
     run(main)

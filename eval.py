@@ -37,7 +37,6 @@ from support.steering import STEERING, plot_steering, steering, steering_summary
 from support.tasks import DETAILS, choose_tasks, details, run_task
 from support.tokens import load_tokenizer, sequential, tokens_of_run
 
-
 @dataclass(frozen=True)
 class Config:
     tokens: int | None = key(None, "val tokens to evaluate on (none: all)", low=2)
@@ -59,7 +58,6 @@ class Config:
     steered: int = key(32, "concepts to steer, those that the run predicts most", low=1)
     write: str | None = key(None, "append the rows to this .jsonl file")
     device: str = key("auto", "cpu, cuda or mps; auto: the fastest available")
-
 
 @torch.no_grad()
 def evaluate(content, model, device, tokens=None, batch_size=16):
@@ -92,7 +90,6 @@ def evaluate(content, model, device, tokens=None, batch_size=16):
                     fixed_hit_rate=fixed.item())
     return row
 
-
 @torch.no_grad()
 def official_perplexity(content, model, device, tokens=None, batch_size=16):
     """As the official code computes it: block_size - 1 targets per block, the remainder dropped."""
@@ -104,7 +101,6 @@ def official_perplexity(content, model, device, tokens=None, batch_size=16):
     for rows in blocks.to(device).split(batch_size):
         loss += model(rows[:, :-1], rows[:, 1:]).loss.item() * len(rows)
     return curves.perplexity(loss / len(blocks))
-
 
 def evaluate_checkpoint(name, content, model, log, tasks, device, cfg):
     """A row of the tables. log: the run's lines up to the checkpoint. tasks: {name: documents}."""
@@ -137,7 +133,6 @@ def evaluate_checkpoint(name, content, model, log, tasks, device, cfg):
         print(f"{curves.table(details(row, tasks), DETAILS)}\n")
     return row
 
-
 def append(path, *rows):
     """Add rows to a .jsonl file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +140,6 @@ def append(path, *rows):
         for row in rows:
             row = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
             file.write(json.dumps(row) + "\n")
-
 
 def checkpoints_of(path, every):
     """A run's checkpoint, or all that train.py --keep_checkpoints kept."""
@@ -156,7 +150,6 @@ def checkpoints_of(path, every):
         raise UserError(f"{path.parent} has its last checkpoint only; --every needs a run trained "
                         "with --keep_checkpoints")
     return kept
-
 
 def evaluate_all(cfg, paths, device):
     """Evaluate checkpoints and cfg.model: (rows, {name: log}). Rows are appended to eval.jsonl."""
@@ -184,7 +177,6 @@ def evaluate_all(cfg, paths, device):
         rows.append(evaluate_checkpoint(cfg.model, content, model, [], tasks("gpt2"), device, cfg))
     return rows, logs
 
-
 def main_evaluate(cfg, runs, device):
     torch.set_float32_matmul_precision("highest")  # TF32 would round the harness's numbers
     if not runs and cfg.model is None:
@@ -200,7 +192,6 @@ def main_evaluate(cfg, runs, device):
         raise UserError("nothing to draw: no log.jsonl next to these checkpoints")
     if cfg.plot:
         print(f"curves: {curves.plot(cfg.plot, curves.read_curves(logs))}")
-
 
 def main_steering(cfg, runs, device):
     curves.picture_path(cfg.plot)
@@ -224,7 +215,6 @@ def main_steering(cfg, runs, device):
         plot_steering(cfg.plot, summary)
         print(f"curves: {cfg.plot}")
 
-
 def main(argv):
     cfg, runs = parse(Config, argv, __doc__, files=False)
     if cfg.plot and Path(cfg.plot).suffix:
@@ -241,7 +231,6 @@ def main(argv):
     if cfg.compare:
         return curves.compare(runs, cfg.plot or "out/compare")
     return main_evaluate(cfg, runs, device)
-
 
 if __name__ == "__main__":
     run(main)

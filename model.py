@@ -28,7 +28,6 @@ from support.ablations import HiddenMixer, PauseMixer, check_model_config
 from support.checkpoint import load_weights
 from support.kernels import TopK, linear_cross_entropy, linear_topk, normalize, sparse_decode, topk
 
-
 class Output(NamedTuple):
     """A forward pass; None where not asked for or not applicable."""
     logits: torch.Tensor | None        # (B, T, V), only without targets
@@ -37,12 +36,10 @@ class Output(NamedTuple):
     concepts: TopK | None              # (B, T, concept_k) predicted concepts: logits and ids
     kl: torch.Tensor | None = None     # KL(teacher ‖ model), mean, nats; for the log, no gradient
 
-
 class Mixed(NamedTuple):
     h: torch.Tensor                    # (B, 2T, d) interleaved, else (B, T, d)
     concepts: TopK | None              # (B, T, concept_k)
     concept_loss: torch.Tensor | None
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -74,7 +71,6 @@ class ModelConfig:
     def insert_at(self):
         """The first upper block; n_layer for a plain GPT, which has no upper blocks."""
         return self.n_layer if self.insert == "none" else self.insert_layer
-
 
 class Attention(nn.Module):
     def __init__(self, config):
@@ -109,7 +105,6 @@ class Attention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
-
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -118,7 +113,6 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
-
 
 class Block(nn.Module):
     def __init__(self, config):
@@ -134,7 +128,6 @@ class Block(nn.Module):
         residual = x if queries is None else x[:, queries]
         x = residual + self.drop(self.attn(self.ln_1(x), queries, cache, mask))
         return x + self.drop(self.mlp(self.ln_2(x)))
-
 
 # The mixer: forward(h, labels, scale) → (ĉ (B, T, d) or None, concepts or None, loss or None)
 
@@ -172,9 +165,7 @@ class ConceptMixer(nn.Module):
         compressed = sparse_decode(top, self.compress) + self.compress_bias
         return (compressed + self.pre_bias) * std + mean, top, loss
 
-
 MIXERS = {"concept": ConceptMixer, "hidden": HiddenMixer, "pause": PauseMixer}
-
 
 class GPT(nn.Module):
     def __init__(self, config):
@@ -266,11 +257,9 @@ class GPT(nn.Module):
         """Final hidden states (…, d) → logits (…, V), without the padding."""
         return self.ln_f(x) @ self.wte.weight[:self.config.vocab_size].T
 
-
 def load_model(content, device="cpu"):
     """The GPT of a checkpoint's content, in evaluation mode."""
     return load_weights(GPT, ModelConfig, content, device)
-
 
 def load_gpt(name, device="cpu"):
     """(frozen GPT, its tokenizer's hash). name: "gpt2" (124M, from the hub), a folder or file of

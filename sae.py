@@ -30,7 +30,6 @@ from support.device import pick_device
 from support.kernels import TopK, linear_topk, normalize, sparse_decode
 from support.sae_run import SAERun
 
-
 @dataclass(frozen=True)
 class Config:
     concept_model: str = key("out/stdlib/gpt", "the GPT to encode: a run, GPT-2 weights, or gpt2")
@@ -53,7 +52,6 @@ class Config:
     device: str = key("auto", "cpu, cuda, cuda:1 or mps; auto: the fastest available")
     seed: int = key(1337, "for initialisation and data order", low=0, high=2**32 - 1)
     resume: bool = key(False, "resume from out_dir's checkpoint, if there is one")
-
 
 class SAE(nn.Module):
     """n_concepts = C latents over hidden states of width d, k of them active."""
@@ -87,7 +85,6 @@ class SAE(nn.Module):
         top = self.encode(x)
         return self.decode(top) * std + mean, top
 
-
 def load_sae(name, layer, d, device="cpu", gpt=None):
     """A frozen SAE for hidden states of width d: "openai" or "openai_128k" (published for GPT-2
     124M), a .pt file in the published layout, or the folder of a run of this script. UserError:
@@ -96,7 +93,6 @@ def load_sae(name, layer, d, device="cpu", gpt=None):
     sae = SAE(d, len(state["encoder"]), k)
     sae.load_state_dict(state)
     return sae.to(device).eval().requires_grad_(False)
-
 
 @torch.no_grad()
 def initialize(sae, x, generator):
@@ -110,11 +106,9 @@ def initialize(sae, x, generator):
     back = sae.decode(sae.encode(unit + sae.pre_bias)) - sae.pre_bias
     sae.encoder.div_(back.norm(dim=1).mean())
 
-
 def variance_share(error, x):
     """Mean squared error over the variance of x, both (N, d): FVU."""
     return error.pow(2).mean() / (x - x.mean(0)).pow(2).mean()
-
 
 def losses(sae, x, dead, k_aux):
     """(FVU of x, AuxK, the concepts of x). x (N, d) normalised; dead (C,) bool.
@@ -140,7 +134,6 @@ def losses(sae, x, dead, k_aux):
         aux = variance_share(target - rebuilt, target).nan_to_num(0.0, posinf=0.0)
     return fvu, aux, top
 
-
 def train_step(sae, optimizer, x, cfg, dead_tokens, step):
     """Optimizer step `step` (from 0) on normalised hidden states x (N, d) → as `losses`.
     Decoder directions stay at unit norm; the statistics of the latents are updated."""
@@ -161,7 +154,6 @@ def train_step(sae, optimizer, x, cfg, dead_tokens, step):
         sae.frequency.lerp_(fired / len(x), rate)
         sae.mean_square.lerp_(zeros.index_add(0, index, value ** 2) / len(x), rate)
     return fvu.detach(), aux.detach(), top
-
 
 def main(argv):
     cfg, _ = parse(Config, argv, __doc__, most=0)
@@ -186,7 +178,6 @@ def main(argv):
             if stopping:
                 return stop.leave(stopping, run.checkpoint, run.step)
     run.end()
-
 
 if __name__ == "__main__":
     runtime.run(main)

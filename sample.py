@@ -35,7 +35,6 @@ from support.tokens import load_tokenizer
 
 SWEEP = (-10, -8, -6, -4, -2, 0, 1, 2, 4, 6, 8, 10)  # 1 changes nothing
 
-
 @dataclass(frozen=True)
 class Config:
     start: str = key("", "the prompt: text, or FILE:path (none: a new document)")
@@ -52,7 +51,6 @@ class Config:
         None, "generate with the run, its concept model, or both (none: both with --steer)")
     inspect: bool = key(False, "print the strongest predicted concepts under each token")
     device: str = key("auto", "cpu, cuda, cuda:1 or mps; auto: the fastest available")
-
 
 # --------------------------------------------------------------------------------------------------
 # Which concepts to steer
@@ -83,7 +81,6 @@ def parse_steer(text, n_concepts, sweep=False):
         factors[name] = factor
     return factors
 
-
 def look_up(words, index, tokenizer):
     """The best match for the words, as in `concepts.py --find`. Prints what it found."""
     found = find([describe(index, concept, tokenizer) for concept in used(index)], words)
@@ -95,7 +92,6 @@ def look_up(words, index, tokenizer):
           f"before {index.name(concept, tokenizer)}")
     return concept
 
-
 def scales(variants, n_concepts, device):
     """[{concept: factor}] → a factor for each concept logit, (variants, 1, C)."""
     scale = torch.ones(len(variants), 1, n_concepts, device=device)
@@ -103,7 +99,6 @@ def scales(variants, n_concepts, device):
         for concept, factor in factors.items():
             row[0, concept] = factor
     return scale
-
 
 def candidates(index, tokenizer, most=32):
     """The most predicted concepts named by words: at least half of the name's tokens have four
@@ -113,7 +108,6 @@ def candidates(index, tokenizer, most=32):
         return sum(len(text) > 3 and text.isalpha() for text in texts)
     common = choose_concepts(index, len(index.predicted))
     return ([c for c in common if 2 * words(c) >= NAME] or common)[:most]
-
 
 @torch.no_grad()
 def choose(model, tokenizer, idx, index, n=3, factors=(-8.0, 8.0)):
@@ -143,7 +137,6 @@ def choose(model, tokenizer, idx, index, n=3, factors=(-8.0, 8.0)):
             taken.update(tokens)
     return chosen
 
-
 def plan(chosen, sweep, together, index, tokenizer):
     """[(title, {concept: factor})] to generate: plain, and steered by each chosen {concept: factor}
     (or all together); for a sweep, one per factor."""
@@ -155,7 +148,6 @@ def plan(chosen, sweep, together, index, tokenizer):
     if together:
         steered = [("; ".join(title for title, _ in steered), chosen)]
     return [("plain", {}), *steered]
-
 
 # --------------------------------------------------------------------------------------------------
 # On the screen
@@ -171,7 +163,6 @@ def columns(texts, width):
     rows = zip_longest(*wrapped, fillvalue="")
     return "\n".join(" │ ".join(cell.ljust(each) for cell in row).rstrip() for row in rows)
 
-
 @torch.no_grad()
 def concepts_at(model, idx, scale=None):
     """The concepts predicted at each token of idx (1, T), TopK (1, T, k), each from at least half a
@@ -183,7 +174,6 @@ def concepts_at(model, idx, scale=None):
         parts.append([t[:, done - start:] for t in top])
         done = min(idx.shape[1], start + size)
     return TopK(*(torch.cat(t, dim=1) for t in zip(*parts, strict=True)))
-
 
 def gloss(cells, width):
     """Cells (a token and the notes under it) next to each other, in rows of at most `width`."""
@@ -197,7 +187,6 @@ def gloss(cells, width):
         room -= size
     return "\n\n".join("\n".join(map(str.rstrip, row)) for row in rows) + "\n"
 
-
 def inspection(model, ids, scale, index, tokenizer, width, n=3):
     """The text of ids with the n strongest concepts under each token: number, first typical next
     token, and logit (or the SAE's activation)."""
@@ -209,7 +198,6 @@ def inspection(model, ids, scale, index, tokenizer, width, n=3):
         cells.append([repr(tokenizer.decode([token])), *notes])
     return gloss(cells, width)
 
-
 def read_prompt(start, tokenizer):
     """The prompt's tokens; an empty prompt is the end-of-text token, which begins a document."""
     if start.startswith("FILE:"):
@@ -218,7 +206,6 @@ def read_prompt(start, tokenizer):
         except UnicodeDecodeError as e:
             raise UserError(f"{start[5:]} is not UTF-8 text (byte {e.start})") from e
     return tokenizer.encode_ordinary(start) or [tokenizer.eot_token]
-
 
 def load_models(cfg, content, model, load_concept_model):
     """The models that generate, {name: GPT}: the run, its steerable concept model, or both."""
@@ -239,7 +226,6 @@ def load_models(cfg, content, model, load_concept_model):
                 raise
             print(f"only the run is steered: {e}")
     return models
-
 
 def main(argv):
     cfg, runs = parse(Config, argv, __doc__, most=1, files=False)
@@ -289,7 +275,6 @@ def main(argv):
             for name, t in ids.items():
                 shown = inspection(models[name], t, factors, index, tokenizer, width)
                 print(f"\n{name}:\n{shown}")
-
 
 if __name__ == "__main__":
     run(main)

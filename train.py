@@ -29,7 +29,6 @@ from support.labels import open_labels
 from support.tokens import check_tokenizer
 from support.training import TrainingRun, read_config
 
-
 @dataclass(frozen=True)
 class Config:
     method: Literal["ntp", "kd", "pause", "pause_kd", "cocomix", "cocomix_kd"] = key(
@@ -92,17 +91,14 @@ class Config:
     wandb_project: str = key("cocomix", "its project")
     wandb_run_name: str | None = key(None, "its run name (none: out_dir)")
 
-
 def inserts(cfg):
     """The method's mixer: none, pause, concept or hidden."""
     if cfg.method.startswith("cocomix"):
         return "concept" if cfg.target == "concept" else "hidden"
     return "pause" if cfg.method.startswith("pause") else "none"
 
-
 def is_taught(cfg):
     return cfg.method.endswith("kd")  # has the KD term
-
 
 def model_config(cfg, vocab_size, n_concepts=0, hidden_size=0):
     """The ModelConfig of a run."""
@@ -113,7 +109,6 @@ def model_config(cfg, vocab_size, n_concepts=0, hidden_size=0):
         n_concepts=n_concepts, concept_k=cfg.concept_k, hidden_size=hidden_size,
         distance="l2" if cfg.target == "concept" else cfg.target)
 
-
 def learning_rate(cfg, step):
     """At step `step` (from 0): linear warm-up, its first step above 0, then a cosine to min_lr."""
     warmup = max(1, cfg.max_iters // 300) if cfg.warmup_iters is None else cfg.warmup_iters
@@ -122,7 +117,6 @@ def learning_rate(cfg, step):
         return cfg.learning_rate * (step + 1) / warmup
     done = min(1.0, (step - warmup) / max(1, cfg.max_iters - 1 - warmup))
     return low + (cfg.learning_rate - low) * (1 + math.cos(math.pi * done)) / 2
-
 
 def make_optimizer(model, cfg, device):
     """AdamW with decay on matrices and embeddings only, unless decay_all. A group's lr_scale
@@ -139,14 +133,12 @@ def make_optimizer(model, cfg, device):
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8,
                              fused=device.type in ("cpu", "cuda"))
 
-
 class Losses(NamedTuple):
     """Means over positions, in nats; only total has a gradient."""
     total: torch.Tensor           # what is minimised (eq. 4)
     next_token: torch.Tensor
     concept: torch.Tensor | None  # L_concept, or the distance of the predicted hidden state
     kl: torch.Tensor | None       # KL(concept model ‖ model)
-
 
 def step_losses(model, cfg, x, y, targets=Targets()):  # noqa: B008 (an immutable default)
     """The Losses of tokens x and their targets y, both (B, T)."""
@@ -157,7 +149,6 @@ def step_losses(model, cfg, x, y, targets=Targets()):  # noqa: B008 (an immutabl
     if concept is not None:
         total, concept = total + cfg.concept_weight * concept, concept.detach()
     return Losses(total, next_token, concept, out.kl)
-
 
 def accumulate(run, concept_model, x, y, stored):
     """Forward and backward over the batch x, y (B, T), micro batch by micro batch → its mean losses
@@ -178,7 +169,6 @@ def accumulate(run, concept_model, x, y, stored):
                 means[name] = means.get(name, 0) + value * share
     return means
 
-
 def update(model, optimizer, cfg, step):
     """Clip the gradient and take optimizer step `step` (from 0) → the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
@@ -187,7 +177,6 @@ def update(model, optimizer, cfg, step):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
-
 
 @torch.no_grad()
 def evaluate(run, batches):
@@ -203,7 +192,6 @@ def evaluate(run, batches):
     rows, loss, concept = run.ranks.sum(rows, loss, concept)
     return loss / rows, concept / rows if batches.label_model else None
 
-
 def open_concept_model(cfg, run):
     """(ConceptModel, labels stored on disk) of a run; None for what its method does not need."""
     if inserts(cfg) in ("none", "pause") and not is_taught(cfg):
@@ -213,7 +201,6 @@ def open_concept_model(cfg, run):
             cfg, run.device, inserts(cfg), is_taught(cfg), should_compile(cfg, run.device))
     check_tokenizer(cfg, run.meta, tokenizer, concept_model.gpt)
     return concept_model, open_labels(concept_model, cfg) if cfg.labels == "disk" else None
-
 
 def build_model(cfg, run, concept_model):
     """The run's GPT: new, or the one it resumes."""
@@ -228,7 +215,6 @@ def build_model(cfg, run, concept_model):
         model.mixer.requires_grad_(False)  # unused; DDP would wait for its gradient
     model.checkpoint_blocks = cfg.checkpoint_blocks
     return model
-
 
 def main(argv):
     cfg = read_config(Config, argv, __doc__)
@@ -266,7 +252,6 @@ def main(argv):
                 run.ranks.leave()
                 return stop.leave(stopping, run.checkpoint, run.step)
     run.end()
-
 
 if __name__ == "__main__":
     runtime.run(main)

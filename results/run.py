@@ -53,12 +53,10 @@ ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENT = dict(out="", prepare=[], before={}, runs={}, once=(), every="", seeds=(1337,),
                   at_once=1, panels={}, claims={}, short=(), after={})
 
-
 @dataclass(frozen=True)
 class Config:
     draw: bool = key(False, "run nothing, only draw the finished runs")
     only: str | None = key(None, "run only the rows whose names begin with this")
-
 
 # --------------------------------------------------------------------------------------------------
 # experiment.py
@@ -77,7 +75,6 @@ def check_types(e, check):
               f"{name}: expected lists of rows")
     check(e["at_once"] >= 1, f"at_once={e['at_once']} must be at least 1")
 
-
 def check_commands(e, check):
     commands = *e["prepare"], *(c for name in ("before", "runs", "after") for c in e[name].values())
     for command in (*commands, e["every"]):
@@ -87,7 +84,6 @@ def check_commands(e, check):
             check(False, f"{command!r} is not a command ({error})")
     for name in e["after"]:
         check(re.fullmatch(r"[\w-]+\.txt", name), f"after: {name!r} is not the name of a .txt file")
-
 
 def check_rows(e, check):
     check(len({file_name(row) for row in e["runs"]}) == len(e["runs"]),
@@ -101,10 +97,8 @@ def check_rows(e, check):
         both = keys_of(command) & keys_of(e["every"])
         check(not both, f"{row!r} and every both set {', '.join(both)}")
 
-
 def keys_of(command):
     return {word.partition("=")[0] for word in command.split() if word.startswith("--")}
-
 
 def read_experiment(path):
     """experiment.py as a dict with all keys of EXPERIMENT. UserError: something in it is wrong."""
@@ -119,11 +113,9 @@ def read_experiment(path):
     check_rows(e, check)
     return e
 
-
 def file_name(row):
     """A row's name as a file name: "Pause + KD" → pause_kd."""
     return re.sub(r"\W+", "_", row.lower()).strip("_")
-
 
 class Job(NamedTuple):
     """One run of an experiment."""
@@ -144,12 +136,10 @@ class Job(NamedTuple):
                 and log[0].get("before", self.before) == self.before)
         return log if same else None
 
-
 def models_of(e, seed):
     """{name: command} of the models that a seed's runs use."""
     return {name.replace("SEED", str(seed)): command.replace("SEED", str(seed))
             for name, command in e["before"].items()}
-
 
 def jobs_of(e):
     """All Jobs of an experiment; rows that run only once come last."""
@@ -163,7 +153,6 @@ def jobs_of(e):
         command = f"{keys} --seed={seed} --out_dir={Path(e['out']) / name}"
         jobs.append(Job(row, seed, name, " ".join(command.split()), before))
     return sorted(jobs, key=lambda job: job.row in e["once"])
-
 
 # --------------------------------------------------------------------------------------------------
 # Running
@@ -182,7 +171,6 @@ def call(command, name, log, threads):
         raise UserError(f"{name}: `python {command}` ended with status {status}: {last} "
                         f"(full output: {log})")
 
-
 def in_parallel(calls, at_once):
     """Make the calls, at_once at a time. The first error stops the ones that have not started."""
     pool = ThreadPoolExecutor(at_once)
@@ -192,7 +180,6 @@ def in_parallel(calls, at_once):
     finally:
         pool.shutdown(cancel_futures=True)
 
-
 def remove_if_edited(folder, command):
     """Remove a run's folder if another command started it; write this one down next to it."""
     note = folder.with_name(folder.name + ".command")
@@ -200,7 +187,6 @@ def remove_if_edited(folder, command):
         shutil.rmtree(folder, ignore_errors=True)
     note.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(command)
-
 
 def train_models(out, folder, models, threads):
     """Train models {name: command} in order and copy their logs into the experiment's folder."""
@@ -211,7 +197,6 @@ def train_models(out, folder, models, threads):
         shutil.copy(out / name / "log.jsonl", folder / f"{name}.jsonl")
         if (out / name / "sae.json").is_file():
             shutil.copy(out / name / "sae.json", folder / f"{name}.json")
-
 
 def train_before(e, out, folder, jobs, threads):
     """Prepare the data and train the models that jobs use: one set, or one for each seed."""
@@ -226,7 +211,6 @@ def train_before(e, out, folder, jobs, threads):
     in_parallel([functools.partial(train_models, out, folder, models, threads) for models in sets],
                 e["at_once"])
 
-
 def run_job(job, out, folder, threads, machine):
     """Train one run and copy its log, with command and machine, into the experiment's folder."""
     remove_if_edited(out / job.name, f"{job.command} # before: {job.before}")
@@ -236,7 +220,6 @@ def run_job(job, out, folder, threads, machine):
     with atomic_write(folder / f"{job.name}.jsonl") as file:
         for line in (json.dumps(json.loads(start) | about), *lines):
             file.write(f"{line}\n".encode())
-
 
 def run_jobs(e, folder, jobs):
     out, at_once = ROOT / e["out"], e["at_once"]
@@ -250,7 +233,6 @@ def run_jobs(e, folder, jobs):
             bar.update()
             bar.set_postfix_str(job.row)
         in_parallel([functools.partial(run_one, job) for job in jobs], at_once)
-
 
 def run_after(folder, commands, again):
     """Run {NAME.txt: command} and keep each command and its output in folder/NAME.txt, unless the
@@ -272,7 +254,6 @@ def run_after(folder, commands, again):
                             "remove their logs to train them again")
         path.write_text(first + done.stdout)
 
-
 # --------------------------------------------------------------------------------------------------
 # Tables and pictures
 
@@ -284,7 +265,6 @@ def verdict(differences):
     else:
         text = "seeds disagree"
     return text + (" (one seed)" if len(differences) == 1 else "")
-
 
 def claims_table(found, claims):
     """{claim: (row that should have the lower loss, row)} as a Markdown table: the difference of
@@ -302,7 +282,6 @@ def claims_table(found, claims):
                         f"| {verdict(differences)} |")
     return "\n".join(rows)
 
-
 def note_mixed_models(jobs, logs):
     """Say so where seeds should share one concept model but did not."""
     if len({job.before for job in jobs}) > 1:
@@ -316,11 +295,9 @@ def note_mixed_models(jobs, logs):
             print(f"note: the seeds of {row!r} had different concept models; remove its older logs "
                   "to train them again")
 
-
 def write_table(path, text):
     path.write_text(text + "\n")
     print(text)
-
 
 def draw(folder, e, jobs):
     """Write table.md, claims.md, short.md and the pictures of the finished jobs."""
@@ -339,7 +316,6 @@ def draw(folder, e, jobs):
         (folder / "short.md").write_text(curves.learning_curves(few) + "\n")
         curves.plot(folder / "short", few)
     print(f"curves: {curves.plot(folder / 'curves', found, e['panels'])}")
-
 
 def main(argv):
     argv = [arg.removesuffix("/experiment.py") for arg in argv]
@@ -366,7 +342,6 @@ def main(argv):
     draw(folder, e, jobs)
     if not cfg.draw and all(job.log(folder) for job in jobs):
         run_after(folder, e["after"], again=missing)
-
 
 if __name__ == "__main__":
     run(main)

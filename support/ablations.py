@@ -11,7 +11,6 @@ INSERTS = ("none", "concept", "hidden", "pause")
 MIXES = ("interleave", "interleave_residual", "add", "none")
 DISTANCES = ("l1", "l2", "cos")
 
-
 def check_model_config(c):
     """UserError if the settings of a ModelConfig contradict each other."""
     def check(ok, message):
@@ -32,7 +31,6 @@ def check_model_config(c):
           f"{c.n_layer - 1})")
     check(c.insert != "concept" or 1 <= c.concept_k <= c.n_concepts,
           f"concept_k={c.concept_k} concepts cannot be kept of {c.n_concepts}")
-
 
 class HiddenMixer(nn.Module):
     """Predict the concept model's hidden state instead of concepts (the paper's Figure 6b).
@@ -67,7 +65,6 @@ class HiddenMixer(nn.Module):
             loss = error.abs().mean() if self.distance == "l1" else error.pow(2).mean()
         c = (self.compress(g) + self.pre_bias) * std + mean if self.mixes else None
         return c, None, loss
-
 
 class PauseMixer(nn.Module):
     """One learned vector at every position (arXiv 2310.02226)."""

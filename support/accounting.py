@@ -11,7 +11,6 @@ from support.device import uses_bf16
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12,
               "3090": 71e12}
 
-
 def peak_flops(device):
     """The device's dense bf16 FLOP/s, or None if unknown."""
     if device.type != "cuda":
@@ -19,14 +18,12 @@ def peak_flops(device):
     name = torch.cuda.get_device_name(device)
     return next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
 
-
 def num_params(model, active=False):
     """Parameters. active: count only the concept_k rows of compress that a position uses."""
     c, total = model.config, sum(p.numel() for p in model.parameters())
     if active and c.insert == "concept" and c.mix != "none":
         total -= (c.n_concepts - c.concept_k) * c.n_embd
     return total
-
 
 def flops_per_token(model, backward=True, block_size=None):
     """FLOPs per token of a GPT. Interleaved positions count as two per token, except for the last
@@ -51,7 +48,6 @@ def flops_per_token(model, backward=True, block_size=None):
             flops += 2 * d * c.hidden_size
     return flops * (3 if backward else 1)
 
-
 def label_flops_per_token(concept_model, block_size=None):
     """FLOPs per token of a ConceptModel (0 for None): the blocks up to its layer; the SAE's encoder
     for concepts; the upper blocks and the head for attribution or a teacher, and their gradient for
@@ -70,7 +66,6 @@ def label_flops_per_token(concept_model, block_size=None):
     elif concept_model.teaches:
         flops += upper
     return flops
-
 
 def activation_bytes(model, tokens, start=0, bf16=True, taught=False):
     """Peak bytes of a forward and backward of `tokens` tokens through the blocks from `start` on
@@ -92,7 +87,6 @@ def activation_bytes(model, tokens, start=0, bf16=True, taught=False):
     chunk = (36 if taught else 16) * width * min(tokens, (1 << 28) // width)
     return tokens * kept + chunk + 8 * d * (c.vocab_size + c.n_concepts)
 
-
 def step_bytes(model, concept_model, tokens, bf16=True):
     """Bytes that a training step on `tokens` tokens needs besides the models' weights: an upper
     estimate. 18 per parameter: the gradient (again in DDP's buckets), Adam's two moments and a
@@ -104,7 +98,6 @@ def step_bytes(model, concept_model, tokens, bf16=True):
         gpt = concept_model.gpt
         labels = activation_bytes(gpt, tokens, concept_model.layer + 1, bf16) + 2 * num_params(gpt)
     return 18 * num_params(model) + max(student, labels)
-
 
 def micro_batch(cfg, rows, model, concept_model, device):
     """How many of a process's `rows` sequences go through the model at once: the largest divisor

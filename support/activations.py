@@ -5,13 +5,11 @@ import torch
 
 from support.kernels import normalize
 
-
 @torch.no_grad()
 def hidden_states(gpt, idx, layer, bf16=False):
     """The residual stream after block `layer`: tokens (B, T) → (B, T, d)."""
     with torch.autocast(idx.device.type, dtype=torch.bfloat16, enabled=bf16):
         return gpt.forward_blocks(gpt.embed(idx), 0, layer + 1)
-
 
 class HiddenStates:
     """Shuffled, normalised hidden states of a concept model, a pure function of (seed, step).
@@ -39,7 +37,6 @@ class HiddenStates:
             self._states, self._round = states[order.to(self.device)], number
         return self._states[within * c.batch_size:(within + 1) * c.batch_size]
 
-
 def check_layer(gpt, layer):
     """UserError unless the residual stream after block `layer` has one state per token."""
     c = gpt.config
@@ -49,7 +46,6 @@ def check_layer(gpt, layer):
     if c.interleaved and layer >= c.insert_layer:
         raise UserError(f"concept_layer={layer} is above the concept model's own mixer "
                         f"(insert_layer={c.insert_layer}), where a token has two states")
-
 
 def geometric_median(x, steps=100):
     """The point with the smallest summed distance to the rows of x (N, d) → (d,) (Weiszfeld)."""

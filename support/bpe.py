@@ -11,7 +11,6 @@ import regex
 from support.files import atomic_write
 from support.tokens import SPLIT_PATTERN
 
-
 def merge(word, pair):
     """A list of tokens with each occurrence of the pair replaced by one token."""
     merged, i = [], 0
@@ -20,7 +19,6 @@ def merge(word, pair):
         merged.append(pair[0] + pair[1] if found else word[i])
         i += 2 if found else 1
     return merged
-
 
 def train_bpe(texts, vocab_size):
     """The ranks {token: rank} of a vocabulary of vocab_size tokens, including end-of-text.
@@ -64,7 +62,6 @@ def train_bpe(texts, vocab_size):
                 if pairs[p] > 0:
                     heapq.heappush(heap, (-pairs[p], p))
     return ranks
-
 
 def save_bpe(ranks, path):
     """Write ranks in tiktoken's format: one line per token, base64 and rank."""

@@ -16,11 +16,9 @@ RUN = ("model_config", "model", "train_config", "tokenizer", "tokenizer_hash")
 TYPES = dict(tokenizer=str, tokenizer_hash=str, step=int, seconds=float, val_loss=float,
              best_val_loss=float)
 
-
 def save_checkpoint(path, **content):
     with atomic_write(path) as file:
         torch.save(content, file)
-
 
 def find_checkpoint(run=None):
     """The path of a run's checkpoint. run: its folder or file; None: the newest run under out/."""
@@ -41,7 +39,6 @@ def find_checkpoint(run=None):
                         "name another run under out/")
     return path
 
-
 def read_tensors(path, what):
     """Load a torch.save file on the CPU; its pickle runs no code. UserError: damaged, not one."""
     try:
@@ -58,7 +55,6 @@ def read_tensors(path, what):
         raise UserError(f"{path} can't be read as {what} ({type(e).__name__}): cut short, damaged, "
                         "or of another kind") from e
 
-
 def load_checkpoint(run=None, needs=("model_config", "model")):
     """A checkpoint as a dict that holds `needs`. UserError: missing, damaged, of another kind."""
     path = find_checkpoint(run)
@@ -67,7 +63,6 @@ def load_checkpoint(run=None, needs=("model_config", "model")):
             isinstance(content.get(name), TYPES.get(name, dict)) for name in needs):
         raise UserError(f"{path} is not a checkpoint of this kind: it must hold {', '.join(needs)}")
     return content
-
 
 def load_weights(cls, settings_cls, content, device):
     """The model cls(settings_cls(…)) of a checkpoint's content, in evaluation mode."""
@@ -84,7 +79,6 @@ def load_weights(cls, settings_cls, content, device):
         raise UserError(f"the checkpoint's weights do not fit its model config: {reason}") from e
     return model.to(device).eval()
 
-
 def load_optimizer(optimizer, content, path):
     """Restore an optimizer's state. UserError: it belongs to other parameters."""
     try:
@@ -93,7 +87,6 @@ def load_optimizer(optimizer, content, path):
         raise UserError(f"the optimizer's state in {path} does not fit the model "
                         f"({type(e).__name__}: {e}); start again with --overwrite, or in another "
                         "--out_dir") from e
-
 
 def model_hash(model):
     """A short hash of a model's weights, which identifies the model an SAE was trained on."""

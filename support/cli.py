@@ -29,13 +29,11 @@ SWITCH = {"true": True, "1": True, "yes": True, "on": True,
           "false": False, "0": False, "no": False, "off": False}
 INVALID = object()
 
-
 def key(default, meaning, low=None, high=None, bare=None, follows=None):
     """A config key. low, high: the allowed range, ends included. bare: the value of `--key` alone;
     the next argument is then its value only if it matches the pattern `follows`."""
     return dataclasses.field(default=default, metadata=dict(
         meaning=meaning, low=low, high=high, bare=bare, follows=follows))
-
 
 def parse(cls, argv, doc="", most=None, files=True):
     """(an instance of the dataclass cls, the positional arguments that are no config file).
@@ -69,7 +67,6 @@ def parse(cls, argv, doc="", most=None, files=True):
         values[name] = tuple(value) if isinstance(value, list) else value
     return cls(**values), rest
 
-
 def _parser(keys, doc):
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=(doc or "").strip(), add_help=False,
@@ -83,7 +80,6 @@ def _parser(keys, doc):
                             action="extend" if typing.get_origin(kind) is tuple else "store",
                             type=functools.partial(_from_argument, field, kind))
     return parser
-
 
 def _attach_values(argv, keys):
     """Rewrite every option as --name==value. argparse would take a run after a switch as its value
@@ -100,10 +96,8 @@ def _attach_values(argv, keys):
             out.append(arg)
     return out
 
-
 def _from_argument(field, kind, text):
     return _convert(field, kind, "command line", text.removeprefix("="))
-
 
 def _take_values(field, kind, args):
     """The values of an option, removed from the front of the arguments after it."""
@@ -119,7 +113,6 @@ def _take_values(field, kind, args):
         raise UserError(f"command line: --{field.name} needs {_expected(field, kind)}")
     return taken
 
-
 def _unknown(arg, keys, where):
     name = arg.lstrip("-").partition("=")[0].replace("-", "_")
     if name in keys:
@@ -127,7 +120,6 @@ def _unknown(arg, keys, where):
     near = difflib.get_close_matches(name, keys, 1, 0.5)
     hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"
     return UserError(f"{where}: unknown key {name!r}; {hint}")
-
 
 def read_config_file(path):
     """The assignments of a config file as a dict. UserError: missing, or it raises."""
@@ -143,7 +135,6 @@ def read_config_file(path):
     return {name: value for name, value in names.items() if not name.startswith("_")
             and not isinstance(value, types.ModuleType) and not callable(value)}
 
-
 def _read_keys(path, keys, shared):
     content = read_config_file(path)
     unknown = [] if shared else [name for name in content if name not in keys]
@@ -154,14 +145,12 @@ def _read_keys(path, keys, shared):
         raise _unknown(unknown[0], keys, path)
     return {name: _convert(*keys[name], path, content[name]) for name in content if name in keys}
 
-
 def check_unchanged(before, now, path, free):
     """UserError if a key that is not in `free` differs between a checkpoint's config and `now`."""
     for name, value in now.items():
         if name not in free and name in before and before[name] != value:
             raise UserError(f"{path} has {name}={before[name]!r}, but now it is {value!r}: "
                             "take it back, or choose another --out_dir")
-
 
 # --------------------------------------------------------------------------------------------------
 # Values: text from the command line, or Python values from a file
@@ -170,7 +159,6 @@ def _members(kind):
     """The alternatives of a type: int | None → (int, NoneType)."""
     union = typing.get_origin(kind) in (types.UnionType, typing.Union)
     return typing.get_args(kind) if union else (kind,)
-
 
 def _convert(field, kind, where, value):
     result, low, high = _cast_any(kind, value), field.metadata["low"], field.metadata["high"]
@@ -181,7 +169,6 @@ def _convert(field, kind, where, value):
         raise UserError(f"{where}: {field.name}={value!r}: expected {_expected(field, kind)}")
     return result
 
-
 def _cast_any(kind, value):
     """value as the first alternative of a type that fits, None before all others; else INVALID."""
     for member in sorted(_members(kind), key=lambda member: member is not type(None)):
@@ -190,7 +177,6 @@ def _cast_any(kind, value):
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
             pass
     return INVALID
-
 
 def _cast(kind, value):
     origin, choices, text = typing.get_origin(kind), typing.get_args(kind), isinstance(value, str)
@@ -211,11 +197,9 @@ def _cast(kind, value):
             return int(value)
     raise ValueError
 
-
 def _expected(field, kind):
     """What a value of a key looks like, in words."""
     return " or ".join(_in_words(member, field.metadata) for member in _members(kind))
-
 
 def _in_words(kind, meta):
     low, high, args = meta["low"], meta["high"], typing.get_args(kind)

@@ -22,7 +22,6 @@ NAME = 8                    # how many of the typical next tokens name it
 CONTEXTS, BEFORE, AFTER = 6, 16, 8  # contexts per concept; tokens before and after the marked one
 EDGES = 2.0 ** (torch.arange(33) / 4 - 3)  # of the activation bins; the first and last are open
 
-
 class ConceptIndex(NamedTuple):
     """The C concepts of a run. Token lists are sorted, best first, and padded with -1."""
     checkpoint: str                # hash of the run's weights
@@ -56,13 +55,11 @@ class ConceptIndex(NamedTuple):
         texts = [repr(tokenizer.decode([t])) for t in self.next_ids(concept, n)]
         return " ".join(texts) or "(never a label)"
 
-
 def best_per_group(group, score, n):
     """Indices of each group's n highest scores, sorted by group, and their ranks from 0."""
     order = np.lexsort((-score, group))
     rank = np.arange(len(order)) - np.searchsorted(group[order], group[order])
     return order[rank < n], rank[rank < n]
-
 
 class PairCounts:
     """Counts of (concept, token) pairs. Memory is bounded: of more than `limit` different pairs,
@@ -87,7 +84,6 @@ class PairCounts:
             kept = np.sort(np.argpartition(-self.counts, self.limit)[:self.limit])
             self.keys, self.counts = self.keys[kept], self.counts[kept]
 
-
 def typical(pairs, everywhere, C, prior=20):
     """The tokens most typical of each concept: (ids, share, lift), each (C, TOKENS).
 
@@ -108,7 +104,6 @@ def typical(pairs, everywhere, C, prior=20):
     table[:, concept[order], rank] = token[order], share[order], lift[order]
     ids, share, lift = torch.from_numpy(table)
     return ids.int(), share.float(), lift.float()
-
 
 class Strongest:
     """The n largest values of each of C concepts, at most one per block, and where they occur."""
@@ -139,11 +134,9 @@ class Strongest:
         around = np.where(inside, tokens[places * inside].astype(np.int32), -1)
         return torch.from_numpy(around), torch.from_numpy(self.value)
 
-
 def column_norms(model):
     """‖W_:,i‖ of the compress matrix, (C,): how far one unit of each concept moves ĉ."""
     return model.mixer.compress.detach().float().norm(dim=1).cpu().numpy()
-
 
 @torch.no_grad()
 def promoted(model, n=TOKENS):
@@ -157,7 +150,6 @@ def promoted(model, n=TOKENS):
         down.append((-effect).topk(n).indices)
     return torch.cat(up).int().cpu(), torch.cat(down).int().cpu()
 
-
 def neighbours(directions, n=NEIGHBOURS):
     """Nearest concepts by cosine: unit rows (C, d) → ids and cosines, (C, n) each."""
     tops = []
@@ -167,7 +159,6 @@ def neighbours(directions, n=NEIGHBOURS):
         tops.append(cosine.topk(min(n, len(directions) - 1)))
     return (torch.cat([top.indices for top in tops]).int().cpu(),
             torch.cat([top.values for top in tops]).cpu())
-
 
 @torch.no_grad()
 def build_index(content, model, concept_model, tokens, device):
@@ -210,7 +201,6 @@ def build_index(content, model, concept_model, tokens, device):
         promotes, suppresses, norm, *neighbours(concept_model.sae.decoder),
         *strongest.contexts(train), *most_predicted.contexts(train))
 
-
 def index_of_run(path, content, model, concept_model, device, tokens=None):
     """The ConceptIndex of the run whose checkpoint is at `path`: loaded from concepts.pt if that is
     of the same weights and `tokens` training tokens (None: any number), else built and saved.
@@ -230,7 +220,6 @@ def index_of_run(path, content, model, concept_model, device, tokens=None):
     with atomic_write(stored) as file:
         torch.save(index._asdict(), file)
     return index
-
 
 def describe(index, concept, tokenizer):
     """What the index knows about a concept, as plain values, with tokens as text."""
@@ -256,19 +245,16 @@ def describe(index, concept, tokenizer):
         contexts=contexts(index.contexts, index.contexts_activation),
         predictions=contexts(index.predictions, index.predictions_logit))
 
-
 def used(index):
     """The concepts that were ever a label or predicted, most used first."""
     use = index.labelled + index.predicted
     return use.argsort(descending=True, stable=True)[:(use > 0).sum()].tolist()
-
 
 def similarity(token, word):
     """Ratio of lengths if one contains the other, which is not too short; else 0."""
     short, long = sorted((token.strip().lower(), word), key=len)
     too_short = short != long and (len(short) < 3 or 2 * len(short) < len(long))
     return len(short) / len(long) if short in long and not too_short else 0.0
-
 
 def find(entries, query):
     """The entries (see `describe`) that match the words of a query, best match first.

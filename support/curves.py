@@ -22,18 +22,15 @@ AVERAGES = dict(average_perplexity=list(MEASURES)[:3],  # Table 1
                 task_perplexity=list(MEASURES)[1:3],    # Figures 2 and 4
                 average_accuracy=list(MEASURES)[3:])    # both
 
-
 def perplexity(loss):
     """exp(loss), infinite where that is beyond a float."""
     return math.exp(loss) if loss < 700 else math.inf
-
 
 def averages(row):
     """The AVERAGES whose measures are all in row."""
     return {name: statistics.fmean(row[measure] for measure in measures)
             for name, measures in AVERAGES.items()
             if all(row.get(measure) is not None for measure in measures)}
-
 
 # --------------------------------------------------------------------------------------------------
 # Tables: (key, heading, format); text ("{}") is aligned left
@@ -52,7 +49,6 @@ TABLE_1 = (("run", "run", "{}"), ("tokens", "tokens", "{:,}"),
              for key, heading in MEASURES.items()),
            ("average_perplexity", "avg ppl", "{:,.2f}"), ("average_accuracy", "avg acc", "{:.1%}"))
 
-
 def table(rows, columns=COLUMNS):
     """Rows (dicts) as text. Columns that no row has are left out; – stands for a missing value."""
     columns = [column for column in columns if any(row.get(column[0]) is not None for row in rows)]
@@ -68,7 +64,6 @@ def table(rows, columns=COLUMNS):
             lines[n] += "  " * (i > 0) + cell
     return "\n".join([lines[0], "─" * len(lines[0])] + lines[1:])
 
-
 def training(log):
     """What a run's log says about its training."""
     start, steps = log[0], [line for line in log if "loss" in line]
@@ -77,7 +72,6 @@ def training(log):
     known = ("flops_per_token", "device", "torch", "source_hash", "active_params", "params")
     return dict(step=end["step"], tokens=end["tokens"], seconds=end["seconds"], tokens_per_s=speed,
                 **{name: start.get(name) for name in known})
-
 
 # --------------------------------------------------------------------------------------------------
 # Learning curves
@@ -89,7 +83,6 @@ def log_of(run):
         raise UserError(f"no log at {path}: name the folder of a run, or its log")
     return path
 
-
 def named(paths):
     """[(short name, path)]: the name of the run's folder or log; its path where names repeat."""
     runs = [path.parent if path.name in ("ckpt.pt", "log.jsonl") else path.with_suffix("")
@@ -98,7 +91,6 @@ def named(paths):
     if len(set(names)) < len(names):
         names = list(map(str, runs))
     return list(zip(names, paths, strict=True))
-
 
 class Curve(NamedTuple):
     """The training of one method, at the evaluations that all of its seeds share."""
@@ -118,7 +110,6 @@ class Curve(NamedTuple):
         i = self.tokens.index(tokens)
         return {seed: losses[i] for seed, losses in zip(self.seeds, self.losses, strict=True)}
 
-
 def read_curves(logs):
     """{name: log lines} → {name: Curve}. Logs named NAME-SEED are seeds of one method NAME."""
     groups = {}
@@ -126,7 +117,6 @@ def read_curves(logs):
         seed = str(log[0].get("seed")) if log else "None"
         groups.setdefault(name.removesuffix(f"-{seed}"), []).append(log)
     return {name: read_curve(name, group) for name, group in groups.items()}
-
 
 def read_curve(name, logs):
     points = [{line["tokens"]: line for line in log
@@ -145,7 +135,6 @@ def read_curve(name, logs):
                  [[at[tokens]["val_loss"] for tokens in shared] for at in points],
                  [statistics.fmean(tokens / speed for speed in speeds) for tokens in shared], flops)
 
-
 def spread(values, form=".3f"):
     """Mean ± half the range, as text; only the mean of a single value."""
     values = list(values)
@@ -153,7 +142,6 @@ def spread(values, form=".3f"):
     if not mean.strip("-0.%"):
         mean = mean.removeprefix("-")  # no -0.000
     return mean + (f" ± {(max(values) - min(values)) / 2:{form}}" if len(values) > 1 else "")
-
 
 def tokens_to_reach(tokens, losses, goal):
     """Tokens after which a curve is first at or below the loss `goal`, interpolated linearly;
@@ -167,7 +155,6 @@ def tokens_to_reach(tokens, losses, goal):
         before = at, loss
     return None
 
-
 def shared_tokens(curves):
     """The token counts at which all of {name: Curve} were evaluated, ascending."""
     shared = sorted(set.intersection(*(set(curve.tokens) for curve in curves.values())))
@@ -175,7 +162,6 @@ def shared_tokens(curves):
         raise UserError("these runs share no evaluation: compare runs with the same eval_interval "
                         "and batch size")
     return shared
-
 
 def versus_first(curve, first, end):
     """Cells: final loss minus the first run's; tokens and FLOPs needed to reach the first run's
@@ -195,7 +181,6 @@ def versus_first(curve, first, end):
         flops = spread((t * curve.flops_per_token / first.flops_per_token for t in tokens), ".1%")
     return [difference, spread(tokens, ".1%"), flops]
 
-
 def learning_curves(curves, columns=4):
     """{name: Curve} as a Markdown table: validation loss at up to `columns` shared evaluations; the
     final loss vs the first run's; tokens and FLOPs needed to reach the first run's final loss,
@@ -214,7 +199,6 @@ def learning_curves(curves, columns=4):
                      f"{curve.seconds[-1]:.0f}"])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
-
 # --------------------------------------------------------------------------------------------------
 # Pictures
 
@@ -228,12 +212,10 @@ def pyplot():
     import matplotlib.pyplot
     return matplotlib.pyplot
 
-
 def picture_path(path):
     """Refuse a path that no picture can be written to (None: no picture)."""
     if path and (Path(path).suffix not in (".png", ".svg", ".pdf") or Path(path).is_dir()):
         raise UserError(f"plot={str(path)!r}: expected a file name ending in .png, .svg or .pdf")
-
 
 def save_figure(figure, path):
     """Write a figure and close it: to path or, where that has no suffix, to a .png and an .svg. The
@@ -249,7 +231,6 @@ def save_figure(figure, path):
         figure.savefig(path, dpi=150, metadata=no_date.get(path.suffix))
     pyplot().close(figure)
     return " ".join(map(str, paths))
-
 
 def plot(path, curves, panels=None):
     """Draw {name: Curve}: validation loss against tokens, FLOPs and training time, with a band from
@@ -277,7 +258,6 @@ def plot(path, curves, panels=None):
         axes[0].legend(frameon=False, fontsize=7 if len(names) > 6 else None)
     return save_figure(figure, path)
 
-
 def draw_curve(axes, name, curve):
     """Draw one Curve into a row of axes; returns its losses after the first fifth of training."""
     best, worst = ([pick(at) for at in zip(*curve.losses, strict=True)] for pick in (min, max))
@@ -289,7 +269,6 @@ def draw_curve(axes, name, curve):
     late = sum(tokens < curve.tokens[-1] / 5 for tokens in curve.tokens)
     return best[late:] + worst[late:]
 
-
 def merge_evaluations(lines):
     """Lines of an eval.jsonl → [(tokens, measures)], ascending. Where a checkpoint was evaluated
     several times, the latest of the most complete evaluations counts."""
@@ -298,7 +277,6 @@ def merge_evaluations(lines):
                                                 line.get("val_tokens", 0))):
         at.setdefault(line["tokens"], {}).update(line)
     return sorted(at.items())
-
 
 def plot_tasks(path, evaluations):
     """Draw the paper's measures against training tokens, from {name: lines of its eval.jsonl}:
@@ -327,7 +305,6 @@ def plot_tasks(path, evaluations):
         axes.flat[0].legend(frameon=False)
         written.append(save_figure(figure, path.with_stem(f"{path.stem}-{which}")))
     return " ".join(written)
-
 
 def compare(runs, picture):
     """Print and draw the learning curves of runs (folders or logs), and their tasks."""

@@ -7,7 +7,6 @@ import torch
 
 from support.kernels import gathered_dot
 
-
 def pick_device(name="auto"):
     """The torch.device of a name. auto: CUDA, or MPS if it supports the sparse products, or the
     CPU. Under torchrun, "cuda" is the GPU of this process. UserError: not available."""
@@ -31,12 +30,10 @@ def pick_device(name="auto"):
         keep_freed_memory()
     return device
 
-
 def _fastest():
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() and _mps_works() else "cpu"
-
 
 def _mps_works():
     try:
@@ -45,7 +42,6 @@ def _mps_works():
         return True
     except (NotImplementedError, RuntimeError):
         return False
-
 
 def keep_freed_memory():
     """Make glibc keep freed memory for the next allocation. By default it returns large blocks to
@@ -58,15 +54,12 @@ def keep_freed_memory():
     mallopt(-4, 0)   # M_MMAP_MAX: take large blocks from the heap, too …
     mallopt(-1, -1)  # M_TRIM_THRESHOLD: … and never shrink it
 
-
 def uses_bf16(dtype, device):
     """Does the key dtype mean bfloat16 on this device?"""
     return dtype == "bfloat16" or dtype == "auto" and device.type == "cuda"
 
-
 def should_compile(cfg, device):
     return cfg.compile is True or cfg.compile == "auto" and device.type == "cuda"
-
 
 def compile_model(model):
     """torch.compile for fixed shapes."""

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-
 class Ranks:
     """The processes of a run, one per GPU; without torchrun just this one. Each process takes its
     own rows of the global batch; whatever the processes share goes through these methods."""

@@ -1,7 +1,6 @@
 """Text generation with a key/value cache, plain or under several steering scales at once."""
 import torch
 
-
 class KVCache:
     """Keys and values of one block, (B, heads, positions, d/heads), filled from the left."""
     def __init__(self, positions):
@@ -20,13 +19,11 @@ class KVCache:
     def repeat(self, times):
         self.k, self.v = self.k.repeat(times, 1, 1, 1), self.v.repeat(times, 1, 1, 1)
 
-
 def new_cache(config):
     """One KVCache per block; interleaved blocks hold two positions per token."""
     upper = config.block_size * (2 if config.interleaved else 1)
     return [KVCache(upper if i >= config.insert_at else config.block_size)
             for i in range(config.n_layer)]
-
 
 def draw(logits, temperature, top_k, uniform):
     """Sample tokens (rows, 1) from logits (rows, V) with random numbers from 0 to 1, (rows, 1)."""
@@ -38,7 +35,6 @@ def draw(logits, temperature, top_k, uniform):
     cumulative = scaled.softmax(-1).cumsum(-1)
     token = (cumulative < uniform * cumulative[:, -1:]).sum(-1, keepdim=True)
     return token if kept is None else kept.gather(-1, token)
-
 
 @torch.no_grad()
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, scale=None, generator=None,

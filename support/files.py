@@ -8,7 +8,6 @@ from support.runtime import UserError
 
 import numpy as np
 
-
 @contextmanager
 def atomic_write(path):
     """`with atomic_write(path) as file`: write to a temporary file, fsync it and rename it to path.
@@ -36,7 +35,6 @@ def atomic_write(path):
     finally:
         tmp.unlink(missing_ok=True)
 
-
 def _rename(tmp, path):
     try:
         os.replace(tmp, path)
@@ -46,11 +44,9 @@ def _rename(tmp, path):
     except OSError as e:
         raise _failed(path, e) from e
 
-
 def _failed(path, error):
     return UserError(f"{path} can't be written ({error.strerror or error}); what was there before "
                      "is kept; free some space or choose another folder")
-
 
 def fingerprint(*parts):
     """A short hash of byte strings."""
@@ -58,7 +54,6 @@ def fingerprint(*parts):
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()[:16]
-
 
 def mixed_seed(*numbers):
     """One seed from several numbers; different numbers give unrelated seeds."""

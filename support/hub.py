@@ -25,7 +25,6 @@ from support.tokens import load_tokenizer, tokenizer_hash
 HELD_OUT, SEED = 0.0005, 2357  # nanoGPT's
 BYTES_PER_TOKEN = 3.5          # of text; a low estimate, for the check of disk space
 
-
 @dataclass(frozen=True)
 class Config:
     num_docs: int | None = key(None, "use only the first documents (none: all)", low=100)
@@ -34,14 +33,12 @@ class Config:
     tokenizer: str = key("gpt2", "gpt2, stdlib or the path of a .tiktoken file")
     force: bool = key(False, "overwrite an existing dataset")
 
-
 class File(NamedTuple):
     """A parquet file and the documents to take from it."""
     url: str
     first: int       # number of its first document in the dataset
     rows: int        # documents to take
     text_bytes: int  # size of their texts
-
 
 def parquet_files(source, num_docs):
     """The train-*.parquet files under a folder or an hf:// address, sorted by name, up to num_docs
@@ -75,11 +72,9 @@ def parquet_files(source, num_docs):
         raise UserError(f"no train-*.parquet under {source}; set --source to the folder with them")
     return files
 
-
 def held_out_of(n):
     """Numbers of the documents held out of n, in writing order; at least 20, for small trials."""
     return np.random.default_rng(SEED).permutation(n)[:max(20, math.ceil(HELD_OUT * n))]
-
 
 def encode(file, held_out, train, val, tokenizer, bar):
     """Encode a File into two part files, the documents numbered in held_out into val, the others
@@ -107,7 +102,6 @@ def encode(file, held_out, train, val, tokenizer, bar):
     write_tokens(train, documents(), tokenizer)
     write_tokens(val, held_out_texts, tokenizer)
 
-
 def encode_missing(out, files, train, val, held_out, tokenizer):
     """Encode the files whose parts train[i], val[i] don't exist yet."""
     missing = [i for i in range(len(files)) if not val[i].is_file()]
@@ -125,7 +119,6 @@ def encode_missing(out, files, train, val, held_out, tokenizer):
         for i in missing:
             encode(files[i], held_out, train[i], val[i], tokenizer, bar)
 
-
 def join_train(parts, path):
     """Concatenate the parts into path; returns the number of tokens."""
     with atomic_write(path) as whole:
@@ -133,7 +126,6 @@ def join_train(parts, path):
             with open(part, "rb") as file:
                 shutil.copyfileobj(file, whole, 1 << 24)
     return path.stat().st_size // 2
-
 
 def join_val(parts, path, held_out, end_of_text):
     """Write the parts' documents into path in held_out's order; returns the number of tokens."""
@@ -144,7 +136,6 @@ def join_val(parts, path, held_out, end_of_text):
         for rank in held_out.argsort().argsort():
             file.write(documents[rank].tobytes())
     return len(tokens)
-
 
 def prepare(argv, doc, script, hub, documents):
     """The command of a prepare.py with this docstring and path, for the dataset at an hf:// address

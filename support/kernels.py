@@ -10,18 +10,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-
 class TopK(NamedTuple):
     """The k largest of C numbers per row, kept sparse."""
     values: torch.Tensor   # (..., k), largest first unless `topk` was told otherwise
     indices: torch.Tensor  # (..., k) int64
 
-
 class Teacher(NamedTuple):
     """Another model's next-token distribution, softmax(x @ weight.T), as a second target (KD)."""
     x: torch.Tensor       # (B, T, d') its hidden states after the final norm
     weight: torch.Tensor  # (V or more, d') its head
-
 
 def normalize(h):
     """(x, μ, σ) with x = (h - μ) / (σ + 1e-5): h (…, d); μ and σ (…, 1), its mean and unbiased
@@ -31,7 +28,6 @@ def normalize(h):
     std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(h.shape[-1] - 1)
     return centred / (std + 1e-5), mean, std
 
-
 # --------------------------------------------------------------------------------------------------
 # Sparse products. S is the (N, C) matrix with values[n, k] in column indices[n, k], else zero.
 
@@ -40,12 +36,10 @@ def sparse_decode(top, weight):
     values, indices = top.values.flatten(0, -2), top.indices.flatten(0, -2)
     return _SparseDecode.apply(values, indices, weight).view(*top.values.shape[:-1], -1)
 
-
 def embedding_sum(values, indices, weight):
     """Σ_k values[n, k] · weight[indices[n, k]]: values, indices (N, k), weight (C, d) → (N, d)."""
     scale = values.to(weight.dtype)
     return F.embedding_bag(indices, weight, mode="sum", per_sample_weights=scale)
-
 
 def gathered_dot(indices, weight, x):
     """(x @ weight.T) at the given columns only: indices (N, k), weight (C, d), x (N, d) → (N, k).
@@ -59,7 +53,6 @@ def gathered_dot(indices, weight, x):
     backward = torch.ops.aten._embedding_bag_per_sample_weights_backward
     return backward(x, weight, flat, first, bag, 0).view(N, k)
 
-
 def sparse_outer(top, x, n_rows):
     """S.T @ x: for each concept the sum of the x that kept it, each times its value:
     values, indices (N, k), x (N, d) → (n_rows, d).
@@ -72,7 +65,6 @@ def sparse_outer(top, x, n_rows):
     values = top.values.to(x.dtype).flatten()[order]
     rows = order // top.indices.shape[-1]
     return F.embedding_bag(rows, x, starts, mode="sum", per_sample_weights=values)
-
 
 class _SparseDecode(torch.autograd.Function):
     @staticmethod
@@ -89,7 +81,6 @@ class _SparseDecode(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             d_weight = sparse_outer(TopK(values, indices), grad, len(weight))
         return d_values, None, d_weight
-
 
 def topk(z, k, sorted=True):
     """z.topk(k) of (..., C); exact, and faster where C is large.
@@ -108,7 +99,6 @@ def topk(z, k, sorted=True):
     columns = columns.flatten(-2)                                             # (..., 8 k)
     values, at = z.gather(-1, columns).topk(k, sorted=sorted)
     return TopK(values, columns.gather(-1, at))
-
 
 # --------------------------------------------------------------------------------------------------
 # Linear heads. The (N, C) logits are only needed for their k largest, for a cross-entropy, or both.
@@ -130,7 +120,6 @@ def linear_topk(x, weight, bias, k, labels=None):
     shape = *x.shape[:-1], k
     return TopK(values.view(shape), indices.view(shape)), None if labels is None else loss
 
-
 def linear_cross_entropy(x, weight, targets, n_valid=None, teacher=None, kd_weight=0.0):
     """(next-token loss, kl or None): x (..., d), weight (V, d), targets (...). The plain formula:
 
@@ -148,12 +137,10 @@ def linear_cross_entropy(x, weight, targets, n_valid=None, teacher=None, kd_weig
         *taught, kd_weight, torch.is_grad_enabled())
     return loss, None if teacher is None else kl
 
-
 def chunk_rows(device, width):
     """Rows of (rows, width) logits computed at once. 8 MB stay in a CPU's cache, but at least 512
     rows keep its matrix products fast; a GPU wants larger ones."""
     return max(512, (1 << 21 if device.type == "cpu" else 1 << 28) // width)
-
 
 class _Head(torch.autograd.Function):
     """Logits in chunks: their TopK, their loss and its gradient, all computed in the forward."""
@@ -226,7 +213,6 @@ class _Head(torch.autograd.Function):
                 db = _plus(db, zeros.index_add_(0, indices.flatten(), grad_values.flatten()))
         return dx, dw, db, *[None] * 7
 
-
 def _softmax_loss_(z, largest, y):
     """z (rows, C) becomes e = exp(z - largest) in place → (e, its row sums (rows, 1),
     logsumexp(z) (rows,), the summed cross-entropy of the labels y (rows, m), each 1/m)."""
@@ -235,7 +221,6 @@ def _softmax_loss_(z, largest, y):
     total = e.sum(-1, keepdim=True)
     normaliser = (largest + total.log())[:, 0]
     return e, total, normaliser, (normaliser - at_labels.mean(-1)).sum()
-
 
 def _logits_gradient_(e, total, y, p, kd_weight):
     """e = total · softmax(z) becomes total · N · (d loss / d z) in place, with
@@ -246,7 +231,6 @@ def _logits_gradient_(e, total, y, p, kd_weight):
         e *= 1 + kd_weight
         e[:, :p.shape[1]] -= kd_weight * total * p
     e.scatter_add_(-1, y, (-total / y.shape[1]).expand(y.shape))
-
 
 class _Gradients:
     """The gradients for x, weight and bias, summed over chunks; None where not wanted."""
@@ -269,7 +253,6 @@ class _Gradients:
                 self.weight.addmm_(e.T, scaled)
             else:
                 self.weight.add_(e.T @ scaled)
-
 
 def _plus(total, term):
     """total + term in total's memory; total may be None."""

@@ -20,7 +20,6 @@ HEADER = 4096  # bytes
 TOKENS = 8192  # labelled at a time
 COMMAND = "python concepts.py CONFIG --write_labels"
 
-
 def labels_header(concept_model, keys, tokens):
     """Everything the labels depend on, and the array's shape and dtype."""
     c, n_concepts = concept_model, len(concept_model.sae.encoder)
@@ -31,10 +30,8 @@ def labels_header(concept_model, keys, tokens):
                 tokens=fingerprint(tokens[:1 << 20].tobytes(), tokens[-1 << 20:].tobytes()),
                 shape=[(len(tokens) - 1) // keys.block_size, keys.block_size, c.attr_k])
 
-
 def labels_path(dataset, header):
     return dataset_dir(dataset) / (header["name"] + ".bin")
-
 
 def read_header(path):
     """The header of a label file; None if it has none."""
@@ -44,10 +41,8 @@ def read_header(path):
         except ValueError:
             return None
 
-
 def bytes_per_block(header):
     return math.prod(header["shape"][1:]) * np.dtype(header["dtype"]).itemsize
-
 
 def open_labels(concept_model, keys):
     """Stored labels, memory-mapped: (blocks, block_size, attr_k). UserError: there are none, they
@@ -60,7 +55,6 @@ def open_labels(concept_model, keys):
     check_labels(path, header)
     return mapped(path, header["dtype"], HEADER).reshape(header["shape"])
 
-
 def check_labels(path, header):
     """UserError unless the file is complete and has this header."""
     found, size = read_header(path), HEADER + header["shape"][0] * bytes_per_block(header)
@@ -70,7 +64,6 @@ def check_labels(path, header):
         other = ", ".join(name for name in header if found.get(name) != header[name])
         raise UserError(f"{path} holds labels of another {other}; remove it and write it again: "
                         f"{COMMAND}")
-
 
 def write_labels(concept_model, keys, vocab_size, device):
     """Write the labels of all train tokens next to them; returns the path. An interrupted call
@@ -105,7 +98,6 @@ def write_labels(concept_model, keys, vocab_size, device):
         raise UserError(f"{part} can't be written ({e.strerror or e}); free some space, then run "
                         "the same command to resume") from e
     return path
-
 
 def write_all(concept_model, tokenizer, cfg, device):
     """The command concepts.py --write_labels."""

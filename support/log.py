@@ -11,7 +11,6 @@ from support.runtime import RANK, UserError
 
 from tqdm import tqdm
 
-
 class Log:
     """log.jsonl: one JSON object per line, each with its step. Only process 0 writes it.
 
@@ -85,7 +84,6 @@ class Log:
         return UserError(f"{self.path} can't be written ({error.strerror}); free some space, then "
                          "--resume continues from the last checkpoint")
 
-
 def read_log(path):
     """The lines of a log.jsonl as dicts, damaged ones skipped (a crash may cut off the last)."""
     lines = []
@@ -95,7 +93,6 @@ def read_log(path):
         except ValueError:
             pass
     return [line for line in lines if isinstance(line, dict)]
-
 
 class SpikeDetector:
     """Warn when a loss is more than six standard deviations and 5% above its running mean.

@@ -14,7 +14,6 @@ from support.tokens import load_meta, load_tokens, tokenizer_hash
 
 WRITE_CHARS = 1 << 22  # encoded at a time, so memory use does not grow with the input
 
-
 def encode(tokenizer, pieces):
     """The token ids of (text, whether a document ends there) pieces, as bytes."""
     ids = []
@@ -28,7 +27,6 @@ def encode(tokenizer, pieces):
                         f"very long run of spaces; clean the text ({e})") from None
     return np.array(ids, dtype="<u2").tobytes()
 
-
 def groups(pieces):
     """Lists of consecutive pieces with about WRITE_CHARS characters each."""
     group, chars = [], 0
@@ -39,7 +37,6 @@ def groups(pieces):
             yield group
             group, chars = [], 0
     yield group
-
 
 def write_tokens(path, pieces, tokenizer, bar=None):
     """Encode a stream of (text, whether a document ends there) into a .bin file, on all cores.
@@ -57,7 +54,6 @@ def write_tokens(path, pieces, tokenizer, bar=None):
                 bar.update(sum(len(text) for text, _ in group))
         return file.tell() // 2
 
-
 def write_meta(folder, tokenizer_name, tokenizer, counts, **more):
     """Write meta.json. It comes last: a dataset without it is unfinished."""
     meta = dict(tokenizer=tokenizer_name, tokenizer_hash=tokenizer_hash(tokenizer_name, tokenizer),
@@ -65,7 +61,6 @@ def write_meta(folder, tokenizer_name, tokenizer, counts, **more):
     meta |= {f"{split}_tokens": n for split, n in counts.items()} | more
     with atomic_write(Path(folder) / "meta.json") as file:
         file.write(json.dumps(meta, indent=1).encode() + b"\n")
-
 
 def finished(folder):
     """meta.json of a dataset if all its files are there and intact, else None."""

@@ -21,14 +21,12 @@ SAE_URL = ("https://openaipublic.blob.core.windows.net/sparse-autoencoder/gpt2-s
 SIZES = {"openai": ("32k", 32768), "openai_128k": ("128k", 131072)}  # in the URL; n_concepts
 ONLINE = "run python concepts.py --download where there is a network"
 
-
 def download(sae, layer):
     """Fetch GPT-2 and the published SAE of a layer, and print their paths."""
     if sae not in SIZES:
         raise UserError(f"sae={sae!r} is not fetched: expected {' or '.join(SIZES)}")
     print(f"GPT-2: {fetch_gpt2()}")
     print(f"its SAE: {fetch_sae(sae, layer)}")
-
 
 # --------------------------------------------------------------------------------------------------
 # GPT-2
@@ -41,7 +39,6 @@ def read_model(name):
         return load_checkpoint(name, ("model_config", "model", "tokenizer_hash"))
     settings, state = read_gpt2(weights)
     return dict(model_config=settings, model=state, tokenizer_hash="gpt2")
-
 
 def find_weights(name):
     """The file of GPT-2 weights: "gpt2" (124M, from the hub), a folder or a file. None: `name` is
@@ -57,7 +54,6 @@ def find_weights(name):
         if (path / file).is_file():
             return path / file
     return path if path.suffix in (".bin", ".safetensors") else None
-
 
 def fetch_gpt2():
     """The path of GPT-2 124M's weights in the hub's cache, downloaded if necessary."""
@@ -75,7 +71,6 @@ def fetch_gpt2():
         raise UserError(f"GPT-2 can't be fetched ({type(e).__name__}); {ONLINE}, or copy "
                         "pytorch_model.bin of openai-community/gpt2 to this machine and name its "
                         "folder: --concept_model=FOLDER (eval.py: --model=FOLDER)") from e
-
 
 def read_gpt2(path):
     """(settings for ModelConfig, state dict of a GPT) from a file of GPT-2 weights of any size."""
@@ -95,7 +90,6 @@ def read_gpt2(path):
     return dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=d // 64,
                 n_embd=d), state  # GPT-2's heads have 64 features at every size
 
-
 def gpt2_state(content):
     """GPT-2's state dict → ours: no prefix, Conv1D weights (in, out) transposed, no mask buffers
     and no tied head, the embedding padded to a multiple of 64 rows."""
@@ -109,7 +103,6 @@ def gpt2_state(content):
     wte = state["wte.weight"]
     state["wte.weight"] = F.pad(wte, (0, 0, 0, -len(wte) % 64))
     return state
-
 
 def _read_weights(path):
     if not path.is_file():
@@ -126,14 +119,12 @@ def _read_weights(path):
         raise UserError(f"{path} can't be read as weights ({type(e).__name__}): cut short or "
                         "damaged") from e
 
-
 # --------------------------------------------------------------------------------------------------
 # Sparse autoencoders, in the layout of openai/sparse_autoencoder
 
 NAMES = dict(pre_bias="pre_bias", encoder="encoder.weight", latent_bias="latent_bias",
              decoder="decoder.weight", since_active="stats_last_nonzero",
              frequency="latents_activation_frequency", mean_square="latents_mean_square")
-
 
 def find_sae(name, layer):
     """The file of an SAE: published ("openai", …; fetched if necessary), a file, a run's folder."""
@@ -145,7 +136,6 @@ def find_sae(name, layer):
                         "--sae=openai for GPT-2")
     return path
 
-
 def read_info(path):
     """The sae.json next to an SAE of ours; {} where there is none (a published file)."""
     path = Path(path).with_suffix(".json")
@@ -153,7 +143,6 @@ def read_info(path):
         return dict(**json.loads(path.read_text())) if path.is_file() else {}
     except (ValueError, TypeError) as e:
         raise UserError(f"{path} is damaged; train the SAE again") from e
-
 
 def load_sae(name, layer, d, gpt):
     """(state dict, k) of an SAE for hidden states of width d after block `layer` of gpt (or None).
@@ -173,7 +162,6 @@ def load_sae(name, layer, d, gpt):
         raise UserError(f"{path} is for hidden states of width {width}, but the concept model's "
                         f"have {d}; train one: python sae.py --concept_model=…")
     return state, k
-
 
 def read_sae(content, path):
     """(state dict of an SAE, k) from the content of a file in the published layout."""
@@ -202,14 +190,12 @@ def read_sae(content, path):
         raise UserError(f"{path} holds weights that are not finite; fetch or train it again")
     return state, k
 
-
 def sae_file(sae):
     """The content of an SAE's file in the published layout."""
     state = sae.state_dict()
     content = {theirs: state[ours].cpu() for ours, theirs in NAMES.items()}
     content["decoder.weight"] = content["decoder.weight"].T.contiguous()
     return content | dict(activation="TopK", activation_state_dict=dict(k=sae.k, postact_fn="ReLU"))
-
 
 def fetch_sae(name, layer):
     """The path of a published SAE in $COCOMIX_CACHE or ~/.cache/cocomix, downloaded if necessary.
@@ -240,7 +226,6 @@ def fetch_sae(name, layer):
     finally:
         part.unlink(missing_ok=True)
     return path
-
 
 def _download(url, path):
     """Download a file and compare its size and MD5 with what the server announces."""

@@ -21,22 +21,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-
 def normalize(h):
     """h (…, d) → ((h - μ) / (σ + 1e-5), μ, σ); σ is the unbiased standard deviation."""
     mean, std = h.mean(-1, keepdim=True), h.std(-1, keepdim=True)
     return (h - mean) / (std + 1e-5), mean, std
 
-
 def next_token_loss(logits, targets):
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
 
 # The transformer: GPT-2
 
 def embed(gpt, idx):
     return gpt.wte(idx) + gpt.wpe.weight[:idx.shape[1]]
-
 
 def attention(attn, x):
     B, T, d = x.shape
@@ -44,17 +40,14 @@ def attention(attn, x):
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return attn.c_proj(y.transpose(1, 2).flatten(2))
 
-
 def run_blocks(gpt, x, start, stop):
     for block in gpt.h[start:stop]:
         x = x + attention(block.attn, block.ln_1(x))
         x = x + block.mlp.c_proj(F.gelu(block.mlp.c_fc(block.ln_2(x)), approximate="tanh"))
     return x
 
-
 def head(gpt, x):
     return gpt.ln_f(x) @ gpt.wte.weight[:gpt.config.vocab_size].T  # tied; later rows are padding
-
 
 # Steps 1 to 3: the frozen concept model and its SAE choose the labels
 
@@ -62,23 +55,19 @@ def sae_preactivations(sae, x):
     """Normalised hidden states (…, d) → c_pre (…, C)."""
     return F.linear(x - sae.pre_bias, sae.encoder, sae.latent_bias)
 
-
 def sae_encode(sae, x):
     """Step 1: normalised hidden states (…, d) → c (…, C), at most k of them not zero."""
     c_pre = sae_preactivations(sae, x)
     values, indices = c_pre.topk(sae.k)
     return torch.zeros_like(c_pre).scatter(-1, indices, values.relu())
 
-
 def sae_decode(sae, c, mean, std):
     """c (…, C) → reconstructed hidden states (…, d) = (W_dec c + b_pre) · σ + μ."""
     return (c @ sae.decoder + sae.pre_bias) * std + mean  # row i of sae.decoder is W_dec,i
 
-
 def attribution(sae, c, grad):
     """Step 2: a (…, C). This is the official code's form; eq. 1 has c_pre in place of c."""
     return c * (grad @ sae.decoder.T)
-
 
 def concept_attribution(gpt, sae, layer, idx, targets):
     """Steps 1 and 2: tokens and targets (B, T) → a (B, T, C). h_con is the output of block `layer`.
@@ -91,11 +80,9 @@ def concept_attribution(gpt, sae, layer, idx, targets):
     next_token_loss(logits, targets).backward()
     return attribution(sae, sae_encode(sae, normalize(h.detach())[0]), h.grad)
 
-
 def choose_labels(a, attr_k=4):
     """Step 3: the concepts whose growth would raise the loss most, (B, T, attr_k)."""
     return a.topk(attr_k).indices
-
 
 # Steps 4 to 6: the trained model predicts concepts, compresses them and mixes them in
 
@@ -103,12 +90,10 @@ def concept_logits(mixer, h):
     """Step 4: z (B, T, C), predicted from the normalised h minus one learned vector b."""
     return mixer.predict(normalize(h)[0] - mixer.pre_bias)
 
-
 def concept_loss(z, labels):
     """Step 4: the mean of attr_k cross-entropies; z (B, T, C), labels (B, T, attr_k)."""
     each = [F.cross_entropy(z.flatten(0, 1), label.flatten()) for label in labels.unbind(-1)]
     return sum(each) / len(each)
-
 
 def continuous_concept(mixer, z, h):
     """Step 5: ĉ (B, T, d) = (W TopK(z) + b_W + b) · σ + μ. TopK keeps values as they are (no ReLU);
@@ -117,7 +102,6 @@ def continuous_concept(mixer, z, h):
     kept = torch.zeros_like(z).scatter(-1, indices, values)
     _, mean, std = normalize(h)
     return (kept @ mixer.compress + mixer.compress_bias + mixer.pre_bias) * std + mean
-
 
 def hidden_vector(mixer, h, labels):
     """An ablation: predict h_con in place of concepts. (ĉ or None, the loss or None)."""
@@ -129,7 +113,6 @@ def hidden_vector(mixer, h, labels):
     c = (mixer.compress(g) + mixer.pre_bias) * std + mean if mixer.mixes else None
     return c, loss
 
-
 def mix(h, c, how):
     """Step 6: bring ĉ (B, T, d) into the hidden states h (B, T, d)."""
     if how == "none":
@@ -138,7 +121,6 @@ def mix(h, c, how):
         return h + c
     second = h + c if how == "interleave_residual" else c
     return torch.stack((h, second), dim=2).flatten(1, 2)  # (B, 2T, d)
-
 
 def forward(model, idx, labels=None, scale=1.0):
     """Tokens (B, T) → (logits (B, T, V), L_concept or None). labels (B, T, attr_k); scale (C,)
@@ -159,13 +141,11 @@ def forward(model, idx, labels=None, scale=1.0):
         x = x[:, 1::2]  # the ĉ positions
     return head(model, x), loss
 
-
 class Step(NamedTuple):
     total: torch.Tensor        # what is minimised
     next_token: torch.Tensor
     concept: torch.Tensor
     attribution: torch.Tensor  # (B, T, C)
-
 
 def step_losses(model, gpt, sae, layer, idx, targets, attr_k=4, concept_weight=0.1):
     """Step 7, and all before it: tokens and targets (B, T) → Step."""

@@ -15,7 +15,6 @@ from support.tokens import Batches, tokens_of_run
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
-
 def check_arguments(cfg, rest, argv, label_keys):
     """UserError if arguments of concepts.py contradict each other."""
     picture_path(cfg.plot)
@@ -30,7 +29,6 @@ def check_arguments(cfg, rest, argv, label_keys):
         raise UserError(f"{files[0] if files else '--' + changed[0]} is for --write_labels; the "
                         "concepts of a run are read with the run's own settings")
 
-
 def check_run(content, weights):
     """UserError unless a checkpoint's run has concepts (weights: and a compress matrix)."""
     insert, mix = content["model_config"]["insert"], content["model_config"]["mix"]
@@ -39,7 +37,6 @@ def check_run(content, weights):
         method = content["train_config"]["method"]
         raise UserError(f"a run of method={method!r}, mix={mix!r} has no {missing}; name a cocomix "
                         "run")
-
 
 def show_index(path, content, model, tokenizer, index, cfg, concept_model):
     """Print the concepts of the run at `path`: the cfg.top best matches for the words cfg.find, or
@@ -57,7 +54,6 @@ def show_index(path, content, model, tokenizer, index, cfg, concept_model):
     write_report(report, str(run), index, entries[:cfg.pages], some_passages)
     print(f"\nreport: {report}")
 
-
 def print_table(index, entries):
     labelled, predicted = (index.labelled > 0).sum(), (index.predicted > 0).sum()
     print(f"in {index.tokens:,} training tokens, {labelled:,} of {len(index.labelled):,} concepts "
@@ -69,7 +65,6 @@ def print_table(index, entries):
         following = " ".join(repr(token) for token, *_ in e["next"][:5])
         print(f"{e['id']:8} {e['labelled'] / index.tokens:9.2%} "
               f"{e['predicted'] / index.tokens:9.2%} {e['norm']:6.2f}  {current}  →  {following}")
-
 
 @torch.no_grad()
 def passages(content, model, concept_model, tokenizer, n=4, length=96):
@@ -89,7 +84,6 @@ def passages(content, model, concept_model, tokenizer, n=4, length=96):
         found.append(passage)
     return found
 
-
 def write_report(path, run, index, entries, some_passages):
     """One HTML file that needs nothing else: report.html with the data in it, as JSON."""
     data = dict(run=run, tokens=index.tokens, concepts=len(index.labelled), name=NAME,
@@ -100,7 +94,6 @@ def write_report(path, run, index, entries, some_passages):
     page = TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", text)
     with atomic_write(path) as file:
         file.write(page.encode("utf-8", "replace"))
-
 
 def show_weights(norms, plot=None, bins=20, unused=1e-2):
     """Print a histogram of the compress matrix's column norms (C,), and draw it to the file `plot`

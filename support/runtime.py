@@ -18,10 +18,8 @@ from tqdm import tqdm
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-
 class UserError(Exception):
     """An error the user can fix: one line with what is wrong, the value and the remedy."""
-
 
 def _from_torchrun(name, default):
     text = os.environ.get(name, default)
@@ -30,11 +28,9 @@ def _from_torchrun(name, default):
     except ValueError:
         sys.exit(f"error: {name}={text!r}: expected a whole number, as set by torchrun; unset it")
 
-
 RANK = _from_torchrun("RANK", 0)  # of this process in the job; process 0 writes files and prints
 LOCAL_RANK = _from_torchrun("LOCAL_RANK", 0)  # of this process on its machine
 WORLD_SIZE = _from_torchrun("WORLD_SIZE", 1)
-
 
 def _exit_at_once(number, _):
     """Ctrl-C during the imports, which would print a traceback or swallow it."""
@@ -42,15 +38,12 @@ def _exit_at_once(number, _):
         os.write(2, b"stopped\n")
     os._exit(128 + number)
 
-
 def _is_our_script():
     main = getattr(sys.modules["__main__"], "__file__", None)
     return bool(main) and Path(main).resolve().is_relative_to(Path(__file__).resolve().parents[1])
 
-
 if _is_our_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _exit_at_once)  # until `run` takes over
-
 
 # --------------------------------------------------------------------------------------------------
 # Running a command
@@ -81,7 +74,6 @@ def run(main):
         sys.exit("error: " + " ".join(message.split()))
     sys.exit(status)
 
-
 def _explain(error):
     """The message for the user, or None for a bug, which needs its traceback."""
     text = str(error)
@@ -100,23 +92,19 @@ def _explain(error):
         return f"{error.strerror or error}: {error.filename}"
     return text
 
-
 def _out_of_memory(error):
     if isinstance(error, RuntimeError):
         return bool(re.search("out of memory|can't allocate memory", str(error)))
     return isinstance(error, MemoryError)
 
-
 def _lost_connection(error):
     return (WORLD_SIZE > 1 and isinstance(error, RuntimeError) and not _out_of_memory(error)
             and bool(re.search("gloo|NCCL|socket", str(error))))
-
 
 def check_finite(name, value, step, remedy):
     """UserError if a number is NaN or infinite."""
     if not math.isfinite(value):
         raise UserError(f"{name} is {value} at step {step}: not finite; {remedy}")
-
 
 def progress(total, what, unit="it", disable=False, **kwargs):
     """The progress bar. Without a terminal it writes a line every ten seconds."""
@@ -127,7 +115,6 @@ def progress(total, what, unit="it", disable=False, **kwargs):
     # by default every call redraws the bar
     bar.set_postfix_str = functools.partial(bar.set_postfix_str, refresh=terminal)
     return bar
-
 
 class Stop:
     """`with Stop() as stop`: Ctrl-C and SIGTERM set stop.signal, so that the loop can save and end.

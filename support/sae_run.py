@@ -22,7 +22,6 @@ from support.tokens import Batches, check_tokenizer, load_meta, load_tokens, seq
 # keys that may change on resume
 FREE = ("out_dir", "log_interval", "save_interval", "device", "resume")
 
-
 class SAERun:
     """A run of sae.py: its hidden states, where it is, its log and files.
 
@@ -134,7 +133,6 @@ class SAERun:
                   "not show it. Look for spikes of grad_norm in the concept model's log",
                   file=sys.stderr)
 
-
 @torch.no_grad()
 def report(sae, gpt, layer, tokens, block_size, device, dead_tokens):
     """How good the SAE is on held-out tokens, as a dict: FVU; L0, active concepts per token; the
@@ -167,13 +165,11 @@ def report(sae, gpt, layer, tokens, block_size, device, dead_tokens):
         **{f"loss_{name}": value for name, value in loss.items()},
         loss_recovered=(loss["zeros"] - loss["spliced"]) / (loss["zeros"] - loss["plain"]))
 
-
 def summary(info):
     """A report in one line."""
     return (f"FVU {info['fvu']:.3f}, L0 {info['l0']:.1f}, dead {info['dead_share']:.1%}; loss "
             f"{info['loss_plain']:.3f} as usual, {info['loss_spliced']:.3f} with reconstructions, "
             f"{info['loss_zeros']:.3f} with zeros: {info['loss_recovered']:.1%} recovered")
-
 
 def degenerate(info):
     """What is wrong with an SAE according to its report, in words; "" if nothing is."""

@@ -15,12 +15,10 @@ FACTORS = (-10.0, -5.0, -2.0, 0.0, 1.0, 2.0, 5.0, 10.0)  # 1: not steered
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 32, 16, 64
 LOSS_TOKENS = 2048  # of val, for the perplexity
 
-
 def choose_concepts(index, n):
     """The n concepts that the run predicts most often, of those with typical next tokens."""
     order = index.predicted.argsort(descending=True, stable=True).tolist()
     return [c for c in order if index.predicted[c] and index.next_tokens[c, 0] >= 0][:n]
-
 
 @torch.no_grad()
 def steering(models, index, val, device, n_concepts):
@@ -60,7 +58,6 @@ def steering(models, index, val, device, n_concepts):
                 bar.update()
     return rows
 
-
 def lower_states(model, blocks, device):
     """[(h at the input of block insert_at, targets)] of LOSS_TOKENS tokens: not steered yet."""
     states = []
@@ -70,7 +67,6 @@ def lower_states(model, blocks, device):
         states.append((h, y.to(device)))
     return states
 
-
 def steered_loss(model, states, scale):
     """Mean next-token loss on `lower_states` under the factors scale (1, C)."""
     losses = []
@@ -79,7 +75,6 @@ def steered_loss(model, states, scale):
         loss, _ = linear_cross_entropy(h_final, model.wte.weight, y, model.config.vocab_size)
         losses.append(loss.item())
     return sum(losses) / len(losses)
-
 
 def steering_summary(rows):
     """Rows of `steering` → one per model and factor, averaged over the concepts.
@@ -103,18 +98,15 @@ def steering_summary(rows):
                                 raised=(logs > 0).double().mean().item()))
     return summary
 
-
 def log_counts(rows, name, factor):
     counts = [row["next_tokens"] + 1.0 for row in rows
               if row["model"] == name and row["factor"] == factor]
     return torch.tensor(counts, dtype=torch.float64).log()
 
-
 STEERING = (("model", "model", "{}"), ("factor", "factor", "{:g}"),
             ("rate", "next tokens", "{:.2%}"), ("gain", "× unsteered", "{:.2f}"),
             ("gain_error", "± s.e.", "{:.2f}"), ("raised", "concepts raised", "{:.0%}"),
             ("perplexity", "val perplexity", "{:.1f}"))
-
 
 def plot_steering(path, summary):
     """Gain by factor, perplexity by factor, and gain by perplexity; one line per model."""

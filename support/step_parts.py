@@ -8,12 +8,10 @@ from support.activations import hidden_states
 from support.kernels import linear_cross_entropy, linear_topk, normalize, sparse_decode
 from support.reference import mix
 
-
 def clock(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
 
 def clocked(f, device, times=1):
     """Mean seconds of f() over some calls."""
@@ -22,12 +20,10 @@ def clocked(f, device, times=1):
         f()
     return (clock(device) - start) / times
 
-
 def timed(f, device, times=3):
     """Median seconds of f(), after one call that is not counted."""
     f()
     return statistics.median(clocked(f, device) for _ in range(times))
-
 
 def timed_backward(row, f, *inputs):
     """Median seconds of f(*inputs) and its backward, to the inputs and the model's weights."""
@@ -37,7 +33,6 @@ def timed_backward(row, f, *inputs):
             out = f(*leaves)
         out.backward(torch.ones_like(out))
     return timed(both, row.device)
-
 
 def concept_model_parts(row, x, y):
     """{piece: seconds} of what a step asks of the concept model."""
@@ -57,7 +52,6 @@ def concept_model_parts(row, x, y):
         if cm.teaches and "concept backward" not in found:
             found["concept forward"] += timed(lambda: cm._upper(h), device)
     return found
-
 
 def mixer_parts(row, h, labels):
     """{piece: seconds} of the mixer's prediction and compression, forward and backward."""
@@ -81,7 +75,6 @@ def mixer_parts(row, h, labels):
         found["compress"] = timed_backward(
             row, lambda v, w: sparse_decode(top._replace(values=v), w), top.values, mixer.compress)
     return found
-
 
 def parts(row):
     """{piece of a row's step: seconds}, scaled to the whole batch. Each runs alone on one micro
@@ -110,7 +103,6 @@ def parts(row):
     found["optimizer"] = timed(row.update, row.device)
     row.optimizer.zero_grad(set_to_none=True)
     return found
-
 
 def show_parts(row, step):
     """Print the parts of a row's step, which takes `step` seconds; → {part: seconds}."""

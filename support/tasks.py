@@ -22,12 +22,10 @@ import torch
 from support.curves import perplexity
 from support.kernels import chunk_rows
 
-
 class Question(NamedTuple):
     """What a document asks: how likely is each continuation, given its context?"""
     pairs: list    # [(context, continuation)], texts; context None: the whole text, in windows
     gold: int = 0  # index of the correct pair
-
 
 class Task(NamedTuple):
     hub: tuple       # where its documents are: (dataset, configuration or None, split)
@@ -35,13 +33,11 @@ class Task(NamedTuple):
     score: Callable  # (document, Question, [(log-likelihood, greedy?)]) → {metric: (value, count)}
     metrics: tuple   # the one the paper reports first
 
-
 def choice(context, endings, gold):
     pairs, gold = [(context, " " + ending) for ending in endings], int(gold)
     if not 0 <= gold < len(pairs):
         raise ValueError(f"the answer is ending number {gold} of {len(pairs)}")
     return Question(pairs, gold)
-
 
 def score_choice(doc, question, answers):
     """acc picks the most likely ending, acc_norm the most likely per character (the space before
@@ -52,43 +48,35 @@ def score_choice(doc, question, answers):
     return dict(acc=(acc.index(max(acc)) == question.gold, 1),
                 acc_norm=(acc_norm.index(max(acc_norm)) == question.gold, 1))
 
-
 def hellaswag(doc):
     def clean(text):  # brackets are left over from WikiHow
         return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
     context = clean(f"{doc['activity_label']}: {doc['ctx_a']} {doc['ctx_b'].capitalize()}")
     return choice(context, map(clean, doc["endings"]), doc["label"])
 
-
 def piqa(doc):
     return choice(f"Question: {doc['goal']}\nAnswer:", (doc["sol1"], doc["sol2"]), doc["label"])
-
 
 def social_iqa(doc):
     answers = (doc[f"answer{letter}"] for letter in "ABC")
     return choice(f"Q: {doc['context']} {doc['question']}\nA:", answers, int(doc["label"]) - 1)
 
-
 def arc_easy(doc):
     gold = doc["choices"]["label"].index(doc["answerKey"])
     return choice(f"Question: {doc['question']}\nAnswer:", doc["choices"]["text"], gold)
-
 
 def winogrande(doc):  # the options differ in the context; both have the same continuation
     before, _, after = doc["sentence"].partition("_")
     pairs = [(before + doc[option], " " + after.strip()) for option in ("option1", "option2")]
     return Question(pairs, int(doc["answer"]) - 1)
 
-
 def lambada(doc):
     start, _, last_word = doc["text"].rpartition(" ")
     return Question([(start, " " + last_word)])
 
-
 def score_lambada(doc, question, answers):
     (loglikelihood, greedy), = answers
     return dict(perplexity=(loglikelihood, 1), acc=(greedy, 1))
-
 
 UNDO_SPACING = (  # WikiText's: pattern → replacement, in the harness's order
     ("s '", "s'"), (r"/' [0-9]/", "/'[0-9]/"), (" @-@ ", "-"), (" @,@ ", ","), (r" @\.@ ", "."),
@@ -97,19 +85,16 @@ UNDO_SPACING = (  # WikiText's: pattern → replacement, in the harness's order
     ("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" ° ", "°"), (" \n", "\n"),
     ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s"))
 
-
 def wikitext(doc):
     page = doc["page"]
     for pattern, replacement in UNDO_SPACING:
         page = re.sub(pattern, replacement, page)
     return Question([(None, page)])
 
-
 def score_wikitext(doc, question, answers):  # words and bytes are those of the original page
     total = sum(loglikelihood for loglikelihood, _ in answers)
     return dict(word_perplexity=(total, len(re.split(r"\s+", doc["page"]))),
                 byte_perplexity=(total, len(doc["page"].encode())))
-
 
 TASKS = dict(
     lambada_openai=Task(("EleutherAI/lambada_openai", "default", "test"),
@@ -124,7 +109,6 @@ TASKS = dict(
                   arc_easy, score_choice, ("acc", "acc_norm")),
     winogrande=Task(("allenai/winogrande", "winogrande_xl", "validation"),
                     winogrande, score_choice, ("acc",)))
-
 
 def documents(name, folder, limit):
     """A task's first `limit` documents (None: all), dicts with the hub's fields, from
@@ -147,7 +131,6 @@ def documents(name, folder, limit):
         raise UserError(f"{path} is empty: expected {expected}")
     return found
 
-
 def hub_documents(name, limit):
     dataset, configuration, split = TASKS[name].hub
     try:
@@ -162,7 +145,6 @@ def hub_documents(name, limit):
     except Exception as e:  # offline it raises one of many kinds
         raise UserError(f"{dataset} can't be fetched ({type(e).__name__}); without a network, copy "
                         f"its documents to DIR/{name}.jsonl and add --eval_data=DIR") from e
-
 
 def choose_tasks(names, folder, limit, tokenizer_hash):
     """{task: documents} for the key --tasks: all, none, auto or names separated by commas."""
@@ -180,7 +162,6 @@ def choose_tasks(names, folder, limit, tokenizer_hash):
             raise
         print(f"the tasks are skipped: {e}")
         return {}
-
 
 # --------------------------------------------------------------------------------------------------
 # Log-likelihoods
@@ -202,14 +183,12 @@ def encode(tokenizer, context, continuation, block_size):
     return [(tokens[max(0, end - block_size - 1):start], tokens[start:end])
             for start, end in itertools.pairwise(bounds) if start < end]
 
-
 class Row(NamedTuple):
     """One row through the model: a shared context, then the rest of each pair, side by side."""
     tokens: list     # T
     positions: list  # T, the position of each token in its own text
     branch: list     # T, 0 for the shared context; 1, 2, … for the tokens of one pair
     scored: list     # [(index into tokens, the token that should come next, the pair's number)]
-
 
 def pack(pairs, block_size):
     """{number: (context, continuation) in tokens} → one Row."""
@@ -227,7 +206,6 @@ def pack(pairs, block_size):
             scored.append((at if at < shared else at + offset, text[at + 1], i))
     return Row(tokens, positions, branch, scored)
 
-
 def pack_all(questions, block_size):
     """[[(context, continuation), …] per question] → Rows, longest first; pairs numbered in order.
 
@@ -242,7 +220,6 @@ def pack_all(questions, block_size):
         elif pairs:
             rows.append(pack(pairs, block_size))
     return sorted(rows, key=lambda row: len(row.tokens), reverse=True)
-
 
 def final_states(model, rows):
     """Rows → hidden states after the last block (B, T, d). A pair sees its context and itself."""
@@ -259,7 +236,6 @@ def final_states(model, rows):
         mask = mask.repeat_interleave(2, 1).repeat_interleave(2, 2).tril()
     return model.forward_blocks(h, c.insert_at, c.n_layer, mask=mask)
 
-
 def score_tokens(model, h, at, token):
     """h (N, d), rows `at` (M,) of it → (log-probability that `token` (M,) comes next, whether it is
     the most likely token), (M,). Logits are computed once per distinct row, a chunk at a time."""
@@ -275,7 +251,6 @@ def score_tokens(model, h, at, token):
         logp[here] = above - z.sub_(largest).exp_().sum(-1).log()[row]
         greedy[here] = above == 0
     return logp, greedy
-
 
 @torch.no_grad()
 def loglikelihoods(model, questions, batch_size, title="evaluate"):
@@ -302,7 +277,6 @@ def loglikelihoods(model, questions, batch_size, title="evaluate"):
     answers = iter(zip(loglikelihood.tolist(), greedy.tolist(), strict=True))
     return [list(itertools.islice(answers, len(pairs))) for pairs in questions]
 
-
 def mean_and_error(parts):
     """[(value, count)] per document → (Σ value / Σ count, its standard error: that of a mean, or of
     a ratio where the counts differ; None for a single document)."""
@@ -312,7 +286,6 @@ def mean_and_error(parts):
         return mean, None
     squares = math.fsum((x - mean * c) ** 2 for x, c in parts)
     return mean, math.sqrt(squares * n / (n - 1)) / count
-
 
 def run_task(name, docs, model, tokenizer, batch_size):
     """One task → dict: NAME/METRIC and NAME/METRIC_stderr for each metric, NAME/examples, NAME/cut
@@ -343,12 +316,10 @@ def run_task(name, docs, model, tokenizer, batch_size):
     return row | {f"{name}/examples": len(docs), f"{name}/cut": cut,
                   f"{name}/seconds": time.perf_counter() - start}
 
-
 DETAILS = (("task", "task", "{}"), ("metric", "metric", "{}"), ("value", "value", "{:,.4f}"),
            ("stderr", "± stderr", "{:,.4f}"), ("examples", "examples", "{:,}"),
            ("cut", "cut", "{:,}"), ("seconds", "seconds", "{:.1f}"),
            ("speed", "examples/s", "{:.1f}"))
-
 
 def details(row, names):
     """The rows of a table of all metrics of the tasks `names`, their standard errors and speed."""

@@ -33,7 +33,6 @@ SPLIT_PATTERN = (r" ?\p{L}{1,200}| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,200}"
 META = dict(tokenizer=str, tokenizer_hash=str, vocab_size=int, train_tokens=int, val_tokens=int)
 TRAIN_ONE = "train one with data/text/prepare.py --tokenizer=bpe:4096"
 
-
 def load_tokenizer(name):
     """A tiktoken.Encoding, by "gpt2", "stdlib" (data/stdlib/bpe.tiktoken) or a .tiktoken path."""
     if name == "gpt2":
@@ -60,14 +59,12 @@ def load_tokenizer(name):
     return tiktoken.Encoding(path.stem, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks,
                              special_tokens={END_OF_TEXT: len(ranks)})
 
-
 def tokenizer_hash(name, tokenizer):
     """Identifies a tokenizer whatever its name: "gpt2", or a hash of the tokens in rank order."""
     if name == "gpt2":
         return name
     ranks = tokenizer._mergeable_ranks
     return fingerprint(*sorted(ranks, key=ranks.get))
-
 
 def dataset_dir(dataset):
     """The folder of a prepared dataset, given a name under data/ or a path."""
@@ -79,7 +76,6 @@ def dataset_dir(dataset):
         raise UserError(f"no dataset {dataset!r} (no {folder / 'meta.json'}); create it: "
                         f"python data/text/prepare.py --input FILES --out {folder}")
     return folder
-
 
 def load_meta(dataset):
     """meta.json of a dataset as a dict."""
@@ -94,7 +90,6 @@ def load_meta(dataset):
         raise UserError(f"{path} is damaged ({type(e).__name__}: {e}); prepare the dataset "
                         "again") from e
 
-
 def mapped(path, dtype, offset=0):
     """A memory-mapped flat array of a file's content from byte `offset`, for random access."""
     with open(path, "rb") as file:
@@ -102,7 +97,6 @@ def mapped(path, dtype, offset=0):
     if hasattr(mmap, "MADV_RANDOM"):
         content.madvise(mmap.MADV_RANDOM)  # otherwise each 2 kB block causes a read of 128 kB
     return np.frombuffer(content, dtype, offset=offset)
-
 
 def load_tokens(dataset, split):
     """The tokens of a split, memory-mapped: (N,) uint16. UserError: missing, empty or cut short."""
@@ -116,7 +110,6 @@ def load_tokens(dataset, split):
                         "damaged; prepare the dataset again")
     return mapped(path, "<u2")
 
-
 def tokens_of_run(content, split):
     """The tokens of a split of the dataset that a checkpoint's run was trained on."""
     dataset = content["train_config"]["dataset"]
@@ -124,7 +117,6 @@ def tokens_of_run(content, split):
         raise UserError(f"the tokenizer of dataset {dataset!r} has changed since this run was "
                         f"trained; prepare the dataset with tokenizer {content['tokenizer']!r}")
     return load_tokens(dataset, split)
-
 
 def check_tokenizer(cfg, meta, tokenizer, gpt):
     """UserError unless the dataset cfg.dataset has the concept model's tokenizer (its hash) and
@@ -136,13 +128,11 @@ def check_tokenizer(cfg, meta, tokenizer, gpt):
         raise UserError(f"block_size={cfg.block_size} is over the concept model's "
                         f"{gpt.config.block_size}")
 
-
 def check_range(rows, vocab_size):
     """Refuse tokens beyond the vocabulary: an embedding lookup would read past its end."""
     if rows.max() >= vocab_size:
         raise UserError(f"token {rows.max()} in the data is beyond the vocabulary of {vocab_size}: "
                         "a .bin file and meta.json don't match; prepare the dataset again")
-
 
 class Batches:
     """The batches of a split, a pure function of (seed, step).
@@ -217,7 +207,6 @@ class Batches:
                 if step + 1 < stop:
                     ahead = pool.submit(load, step + 1)
                 yield batch[0], batch[1], batch[2] if labels is not None else None
-
 
 def sequential(tokens, block_size, batch_size, vocab_size):
     """A whole split in order; every token but the first is a target exactly once.

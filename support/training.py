@@ -30,7 +30,6 @@ FREE = ("out_dir", "eval_interval", "keep_checkpoints", "log_interval", "micro_b
         "device", "compile", "checkpoint_blocks", "resume", "overwrite", "wandb_log",
         "wandb_project", "wandb_run_name")
 
-
 def read_config(cls, argv, doc):
     """The Config of train.py from a command line. UserError: keys that contradict each other."""
     cfg, _ = parse(cls, argv, doc, most=0)
@@ -55,7 +54,6 @@ def read_config(cls, argv, doc):
                             "unshifted blocks")
     return cfg
 
-
 def wandb_log(cfg):
     """wandb.log of a run that has begun. UserError: not installed, not logged in."""
     try:
@@ -70,7 +68,6 @@ def wandb_log(cfg):
         raise UserError(f"wandb does not start ({type(e).__name__}: {e}): run wandb login, set "
                         "WANDB_MODE=offline, or drop --wandb_log") from e
     return wandb.log
-
 
 class TrainingRun:
     """A run of train.py: its data, where it is (step, seconds, losses), its log and checkpoints.
@@ -283,7 +280,6 @@ class TrainingRun:
               f"{perplexity(self.val_loss):.2f}) on {self.val_rows * self.cfg.block_size:,} val "
               f"tokens after {self.step} steps, "
               f"{speed:,.0f} tokens/s")
-
 
 class ValBatches:
     """Iterates over (x, y, labels or None), as often as wanted. Label concepts are computed once;

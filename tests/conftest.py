@@ -25,13 +25,11 @@ torch.set_num_threads(1)  # faster for models this small
 os.environ["OMP_NUM_THREADS"] = "1"
 OURS = "support|model|sae|concepts|train|sample|eval|bench"
 
-
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: only in make test-all")
     config.addinivalue_line("markers", "cuda: needs a GPU")
     config.addinivalue_line("filterwarnings", "error")
     config.addinivalue_line("filterwarnings", f"ignore::DeprecationWarning:(?!{OURS})")
-
 
 def pytest_collection_modifyitems(items):
     for item in items:
@@ -41,12 +39,10 @@ def pytest_collection_modifyitems(items):
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
-
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
     np.random.seed(0)
-
 
 def make_dataset(folder, train_tokens=20_000, val_tokens=4_000, seed=0):
     """A dataset with something to learn: letters, each determined by the one before it nine times
@@ -66,18 +62,15 @@ def make_dataset(folder, train_tokens=20_000, val_tokens=4_000, seed=0):
     write_meta(folder, str(path), load_tokenizer(str(path)), counts)
     return str(folder)
 
-
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("dataset"))
-
 
 TINY = ["--n_layer=3", "--n_head=2", "--n_embd=16", "--block_size=32", "--batch_size=4",
         "--max_iters=8", "--eval_interval=4", "--eval_iters=2", "--log_interval=1", "--device=cpu",
         "--learning_rate=1e-3", "--insert_layer=1", "--concept_k=4", "--concept_layer=1"]
 TINY_SAE = ["--n_concepts=48", "--k=6", "--concept_layer=1", "--batch_size=256", "--k_aux=8",
             "--device=cpu"]
-
 
 def run(main, *argv):
     """A command in this process: (its exit status, what it wrote to stdout, to stderr)."""
@@ -93,7 +86,6 @@ def run(main, *argv):
     finally:
         sys.argv = argv_before
     return status, out.getvalue(), err.getvalue()
-
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory, dataset):
@@ -112,7 +104,6 @@ def chain(tmp_path_factory, dataset):
         assert status == 0, err
     return {name: str(root / name) for name in commands} | {"root": str(root)}
 
-
 class StopAt:
     """`with StopAt(5)`: a run of train.py or sae.py is interrupted, as by a crash, once it has
     written the losses of step 5 to its log."""
@@ -129,7 +120,6 @@ class StopAt:
     def __exit__(self, *_):
         Log.write = self.write
 
-
 def tiny_gpt(dtype=torch.float64, **settings):
     """A GPT in which nothing has its neutral initial value, so that every term counts."""
     defaults = dict(block_size=16, vocab_size=61, n_layer=3, n_head=2, n_embd=24, insert_layer=1,
@@ -139,7 +129,6 @@ def tiny_gpt(dtype=torch.float64, **settings):
         gain = p.shape == (24,) and bool((p == 1).all())
         torch.nn.init.normal_(p, mean=1.0 if gain else 0.0, std=0.15)
     return model
-
 
 class CountProducts(TorchDispatchMode):
     """`with CountProducts() as counter`: counter.flops of the matrix products that run; attention

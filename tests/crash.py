@@ -30,7 +30,6 @@ from support.log import read_log
 MAIN = {"train.py": (train.main, "ckpt.pt"), "sae.py": (sae.main, "sae_ckpt.pt")}
 TIMES = ("seconds", "tokens_per_s")
 
-
 def fork(main, argv):
     """The id of a process that runs main(argv) and prints nothing but errors."""
     pid = os.fork()
@@ -47,10 +46,8 @@ def fork(main, argv):
             os._exit(1 if isinstance(e.code, str) else e.code or 0)
     return pid
 
-
 def without_times(path):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in read_log(path)]
-
 
 def same(a, b):
     """Are two values (tensors, or lists and dicts of them) equal bit for bit?"""
@@ -61,7 +58,6 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
-
 
 def check_same_end(whole, killed, checkpoint):
     """Two finished runs have the same weights, optimizer state and log."""
@@ -74,7 +70,6 @@ def check_same_end(whole, killed, checkpoint):
     if (whole / "sae.pt").is_file():
         assert same(*(torch.load(run / "sae.pt", weights_only=True) for run in (whole, killed)))
     assert not list(killed.glob("*.tmp")), list(killed.iterdir())
-
 
 def inspect(killed, checkpoint, begun, hit):
     """Check the folder of a killed run, count what the kill hit → has the run begun?"""
@@ -89,7 +84,6 @@ def inspect(killed, checkpoint, begun, hit):
     hit["kills"] += 1
     hit["writing"] += bool(list(killed.glob("*.tmp")))
     return begun
-
 
 def main(script, kills, *argv):
     torch.set_num_threads(1)
@@ -118,7 +112,6 @@ def main(script, kills, *argv):
             return print(hit)
         shutil.rmtree(killed)
         begun = False
-
 
 if __name__ == "__main__":
     main(*sys.argv[1:])

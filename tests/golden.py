@@ -19,17 +19,14 @@ MIXER = {"mixer.pre_bias": "pre_bias", "mixer.compress": "compress_layer.weight"
          "mixer.predict.bias": "concept_predictor.bias",
          "mixer.compress_bias": "compress_layer.bias"}
 
-
 def golden(name):
     t = torch.from_numpy(G[name])
     return t.double() if t.is_floating_point() else t
-
 
 def tensors(prefix):
     """The arrays under a prefix as tensors, by the rest of their names."""
     names = [n for n in G.files if n.startswith(prefix) and G[n].dtype.kind in "fi"]
     return {n.removeprefix(prefix): golden(n) for n in names}
-
 
 def our_names(state):
     """Official weights or gradients → our names and layout."""
@@ -40,7 +37,6 @@ def our_names(state):
             state[ours] = t.T if ours == "mixer.compress" else t
     return state
 
-
 def gpt(part, **settings):
     state = our_names(tensors(f"{part}/weights/"))
     d = state["wpe.weight"].shape[1]
@@ -48,7 +44,6 @@ def gpt(part, **settings):
     model = GPT(config).double()
     model.load_state_dict(state)
     return model.eval()
-
 
 def sae():
     weights = tensors("sae/weights/")
@@ -59,23 +54,18 @@ def sae():
     model.load_state_dict(state)
     return model.requires_grad_(False)
 
-
 def concept_model():
     return ConceptModel(gpt("concept_model").requires_grad_(False), sae(), LAYER)
 
-
 def cocomix():
     return gpt("cocomix", insert="concept", insert_layer=INSERT_LAYER, n_concepts=64, concept_k=8)
-
 
 def official_loss(logits):
     """The official code has no target for the last position."""
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), golden("x")[:, 1:].flatten())
 
-
 def close(ours, name, atol=1e-5, rtol=1e-5):
     torch.testing.assert_close(ours.detach().double(), golden(name), atol=atol, rtol=rtol)
-
 
 def check_gradients(model):
     """Every parameter's gradient is the official one."""

@@ -21,7 +21,6 @@ FIXTURES = Path(__file__).with_name("eval_fixtures.json")
 FOLDERS = dict(lambada_openai="lambada", wikitext="wikitext", hellaswag="hellaswag", piqa="piqa",
                social_iqa="siqa", arc_easy="arc", winogrande="winogrande")
 
-
 def random_model(vocab_size, seed=0, std=0.3, **settings):
     """A GPT with random weights, the same on every machine and torch version (numpy's generator).
 
@@ -37,7 +36,6 @@ def random_model(vocab_size, seed=0, std=0.3, **settings):
             gain = name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight"))
             p.copy_(torch.from_numpy(rng.normal(1.0 if gain else 0.0, std, tuple(p.shape))))
     return model.eval()
-
 
 def load_tasks(documents):
     """The harness's own tasks for {task: documents}; every split consists of these documents."""
@@ -58,7 +56,6 @@ def load_tasks(documents):
     finally:
         ConfigurableTask.download = kept
 
-
 def harness(model, tokenizer, documents):
     """{task: documents} → {task: (metrics under the harness's names, per document its answers:
     [(log-likelihood, greedy?)])}."""
@@ -73,12 +70,10 @@ def harness(model, tokenizer, documents):
         found[name] = metrics, [answers_of(sample) for sample in samples]
     return found
 
-
 def answers_of(sample):
     """The responses to a document; one for a whole text is a number, without a greedy flag."""
     responses = [response[0] for response in sample["resps"]]
     return [r if isinstance(r, (tuple, list)) else (r, None) for r in responses]
-
 
 def run_harness(model, tokenizer, documents):
     """lm_eval.evaluate, with one forward pass per text."""
@@ -120,7 +115,6 @@ def run_harness(model, tokenizer, documents):
 
     # without a bootstrap there are no standard errors, not even those that are formulas
     return lm_eval.evaluate(Wrapped(), load_tasks(documents), bootstrap_iters=2)
-
 
 # Cases for the preprocessing: brackets, double and trailing spaces, an empty context, gaps at
 # either end, numbered answers, texts longer than the model's window, all of WikiText's spacing.
@@ -187,12 +181,10 @@ DOCUMENTS = dict(
              option1="Tom", option2="Mary Ann", answer="2")])
 MODELS = dict(gpt={}, cocomix=dict(insert="concept", insert_layer=1, n_concepts=40, concept_k=4))
 
-
 def fixture_model(which):
     vocab_size = load_tokenizer("stdlib").n_vocab
     return random_model(vocab_size, block_size=96, n_layer=3, n_head=2, n_embd=16,
                         **MODELS[which]).double()
-
 
 def fixture_lines():
     """A line of eval_fixtures.json per model and task: [model, task, metrics, answers]."""
@@ -202,7 +194,6 @@ def fixture_lines():
             metrics = {key: value for key, value in metrics.items() if isinstance(value, float)}
             answers = [[(round(x, 5), greedy) for x, greedy in pairs] for pairs in answers]
             yield json.dumps([which, name, metrics, answers])
-
 
 if __name__ == "__main__":
     FIXTURES.write_text("[" + ",\n".join(fixture_lines()) + "]\n")

@@ -17,14 +17,12 @@ from support.accounting import (
     step_bytes,
 )
 
-
 def test_active_parameters_count_only_the_kept_rows_of_compress():
     plain, concept = num_params(tiny_gpt()), tiny_gpt(insert="concept")
     d, C, k = 24, 40, 5
     head = C * d + C
     assert num_params(concept) - plain == head + C * d + d + d
     assert num_params(concept, active=True) - plain == head + k * d + d + d
-
 
 @pytest.mark.parametrize("insert, mix", VARIANTS)
 def test_flops_are_those_of_the_matrix_products_that_run(insert, mix):
@@ -46,7 +44,6 @@ def test_flops_are_those_of_the_matrix_products_that_run(insert, mix):
     assert flops_per_token(model, backward=False) == counter.flops / T + attention + kept
     assert flops_per_token(model) == 3 * flops_per_token(model, backward=False)
 
-
 def test_label_flops():
     gpt, sae = tiny_gpt(torch.float32), SAE(24, 40, 6)
     forward, encoder = flops_per_token(gpt, backward=False), 2 * 24 * 40
@@ -59,7 +56,6 @@ def test_label_flops():
     assert flops(select="activation", teaches=True) == encoder + forward
     assert flops(target="hidden") == lower and flops(target="hidden", teaches=True) == forward
     assert flops(target="none", teaches=True) == forward and label_flops_per_token(None) == 0
-
 
 def bytes_kept_for_the_backward(model, rows, bf16):
     """Bytes of the tensors that autograd keeps, weights left out."""
@@ -77,7 +73,6 @@ def bytes_kept_for_the_backward(model, rows, bf16):
             torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         model(x, x, labels if model.config.insert == "concept" else None)
     return sum(kept.values())
-
 
 @pytest.mark.parametrize("insert, mix", [("none", "interleave"), ("concept", "interleave"),
                                          ("concept", "add")])
@@ -99,7 +94,6 @@ def test_activations_fit_their_estimate(insert, mix, bf16):
     model.checkpoint_blocks = True
     assert kept() < plain_kept / 3 and kept() < estimate() < 0.6 * plain_estimate
 
-
 @pytest.mark.parametrize("insert", ["none", "concept"])
 def test_the_largest_model_fits_80_gb(insert):
     mixer = dict(insert="concept", insert_layer=5, n_concepts=32768) if insert == "concept" else {}
@@ -116,7 +110,6 @@ def test_the_largest_model_fits_80_gb(insert):
     assert gigabytes(4) < 72 < gigabytes(32)  # 90% of 80
     model.checkpoint_blocks = True
     assert gigabytes(16) < 72
-
 
 def test_micro_batches_are_alike_and_follow_memory(monkeypatch):
     model, cpu = tiny_gpt(torch.float32, insert="concept"), torch.device("cpu")

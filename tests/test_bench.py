@@ -11,16 +11,13 @@ from support.cli import parse
 PARTS = {"concept forward", "concept backward", "attribution", "TopK of the SAE", "compress",
          "concept head and loss", "lower blocks", "upper blocks", "head and loss", "optimizer"}
 
-
 def read_rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
 
 def write_config(path, chain, method, more=""):
     path.write_text(f'method = "{method}"\nconcept_model = "{chain["gpt"]}"\n'
                     f'sae = "{chain["sae"]}"\n{more}')
     return path
-
 
 def run_bench(tmp_path, dataset, *argv):
     """(the rows of --write, stdout)"""
@@ -28,7 +25,6 @@ def run_bench(tmp_path, dataset, *argv):
                            f"--write={tmp_path / 'b.jsonl'}")
     assert status == 0, err
     return read_rows(tmp_path / "b.jsonl"), out
-
 
 def test_rows_are_measured_side_by_side(chain, dataset, tmp_path):
     (tmp_path / "ntp.py").write_text('method = "ntp"\n')
@@ -57,7 +53,6 @@ def test_rows_are_measured_side_by_side(chain, dataset, tmp_path):
     assert {"blocks", "head and loss", "optimizer"} == set(ntp["parts"])
     assert set(mine["parts"]) == PARTS
 
-
 @pytest.mark.parametrize("method, keys, missing", [
     ("pause", "", PARTS - {"lower blocks", "upper blocks", "head and loss", "optimizer"}),
     ("cocomix", "mix = 'none'", {"compress"}),
@@ -67,13 +62,11 @@ def test_parts_follow_the_method(method, keys, missing, chain, dataset, tmp_path
     (row,), _ = run_bench(tmp_path, dataset, file, "--rounds=1", "--parts")
     assert set(row["parts"]) == PARTS - missing
 
-
 def test_the_official_recipe_computes_its_own_labels(chain, dataset, tmp_path):
     file = write_config(tmp_path / "mine.py", chain, "cocomix", 'labels = "disk"\n')
     rows, _ = run_bench(tmp_path, dataset, file, "--disk", "--official", "--rounds=1")
     assert [r["row"] for r in rows] == ["mine", "mine, official"]
     assert rows[0]["flops_per_token"] < rows[1]["flops_per_token"]
-
 
 def test_the_official_recipe_freezes_nothing(chain, dataset):
     argv = ["--method=cocomix", f"--concept_model={chain['gpt']}", f"--sae={chain['sae']}"]
@@ -82,7 +75,6 @@ def test_the_official_recipe_freezes_nothing(chain, dataset):
     assert row.held.grad_fn is not None
     assert all(p.grad is not None for p in row.concept_model.gpt.parameters())
 
-
 @pytest.mark.slow
 def test_peak_memory_is_that_of_a_process_per_row(dataset, tmp_path):
     (tmp_path / "ntp.py").write_text("")
@@ -90,14 +82,12 @@ def test_peak_memory_is_that_of_a_process_per_row(dataset, tmp_path):
     status, _, err = run(bench.main, tmp_path / "ntp.py", *argv)
     assert status == 0 and 0.05 < read_rows(tmp_path / "b.jsonl")[0]["peak_gib"] < 3, err
 
-
 def test_a_concept_model_that_a_run_does_not_need_is_not_timed(chain, dataset):
     argv = ["--method=cocomix", f"--concept_model={chain['gpt']}", f"--sae={chain['sae']}",
             "--concept_weight=0"]
     cfg, _ = parse(bench.Config, [*TINY, f"--dataset={dataset}", *argv])
     row = bench.Row("mixing only", cfg, torch.device("cpu"))
     assert row.concept_model is None and row.concept_flops == 0
-
 
 def test_errors_are_one_line():
     status, _, err = run(bench.main, "--rounds=1")

@@ -13,7 +13,6 @@ from support.cli import check_unchanged, key, parse
 
 ROOT = Path(train.__file__).resolve().parent
 
-
 @dataclasses.dataclass(frozen=True)
 class C:
     count: int = key(3, "a count", low=1, high=10)
@@ -28,10 +27,8 @@ class C:
     either: bool | Literal["auto"] = key("auto", "a switch or auto")
     long_name: int = key(0, "any integer")
 
-
 def values(*argv):
     return parse(C, argv)[0]
-
 
 def test_every_way_to_give_a_value():
     cfg, rest = parse(C, ["a/run", "--count=4", "--rate", "1e-3", "--on", "--kind=two", "--size=7",
@@ -39,7 +36,6 @@ def test_every_way_to_give_a_value():
     assert cfg == C(count=4, rate=1e-3, on=True, kind="two", size=7, maybe=2, files=("u", "v"),
                     steer="auto", name="b=c")
     assert rest == ["a/run", "other"]
-
 
 @pytest.mark.parametrize("argv, name, value, rest", [
     ("--on=false", "on", False, []), ("--on false", "on", False, []),
@@ -59,7 +55,6 @@ def test_values_and_what_is_left(argv, name, value, rest):
     cfg, others = parse(C, argv.split())
     assert getattr(cfg, name) == value and others == rest
 
-
 @pytest.mark.parametrize("argv, message", [
     ("--cuont=4", "unknown key 'cuont'; did you mean 'count'"), ("-count=4", "write --count=4"),
     ("--coun=4", "unknown key 'coun'; did you mean 'count'"), ("--zzz=4", "key 'zzz'; --help"),
@@ -77,14 +72,12 @@ def test_what_is_wrong_is_named(argv, message):
         parse(C, argv.split(), most=1)
     assert message in str(e.value) and "\n" not in str(e.value)
 
-
 def test_config_files_and_the_command_line_over_them(tmp_path):
     (tmp_path / "a.py").write_text("# comment\nfrom math import sqrt\ncount = 2 * 3\nrate = 1\n"
                                    "files = ('p', 'q')\n")
     (tmp_path / "b.py").write_text("count = 7\n")
     cfg, rest = parse(C, ["--rate=0.25", str(tmp_path / "a.py"), str(tmp_path / "b.py")])
     assert (cfg.count, cfg.rate, cfg.files, rest) == (7, 0.25, ("p", "q"), [])
-
 
 def test_shared_config_files_may_hold_the_keys_of_another_script(tmp_path):
     (tmp_path / "a.py").write_text("count = 2\nn_layer = 3\n")
@@ -93,7 +86,6 @@ def test_shared_config_files_may_hold_the_keys_of_another_script(tmp_path):
         parse(C, [str(tmp_path / "a.py")])
     with pytest.raises(UserError, match="unexpected config file .*a.py: this command takes a run"):
         parse(C, [str(tmp_path / "a.py")], files=False)
-
 
 @pytest.mark.parametrize("text, message", [
     ("cuont = 3", "unknown key 'cuont'; did you mean 'count'"), ("count = 'many'", "count='many'"),
@@ -109,18 +101,15 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path, text, message):
         parse(C, [str(tmp_path / "a.py")])
     assert message in str(e.value) and "a.py" in str(e.value)
 
-
 def test_a_missing_config_file_names_the_closest():
     with pytest.raises(UserError, match="did you mean config/stdlib_ntp.py"):
         parse(C, ["config/stdlib_npt.py"])
     with pytest.raises(UserError, match="no config file nowhere/a.py$"):
         parse(C, ["nowhere/a.py"])
 
-
 def test_every_config_file_of_the_repository_fits_its_script():
     for path in sorted(ROOT.glob("config/[a-z]*.py")):
         parse(sae.Config if path.stem.endswith("_sae") else train.Config, [str(path)])
-
 
 @pytest.mark.parametrize("cls", [C, train.Config])
 def test_help_prints_every_key(capsys, cls):
@@ -130,7 +119,6 @@ def test_help_prints_every_key(capsys, cls):
     assert e.value.code == 0 and train.__doc__.strip() in text
     assert all(f"--{f.name} " in text for f in dataclasses.fields(cls))
     assert cls is train.Config or "5% of something; an integer or none (default none)" in text
-
 
 def test_a_resumed_run_keeps_all_but_its_free_keys():
     before = dict(n_layer=2, out_dir="a")

@@ -18,7 +18,6 @@ from support.tokens import Batches, tokens_of_run
 
 CPU = torch.device("cpu")
 
-
 @pytest.fixture(scope="module")
 def cocomix(chain, tmp_path_factory):
     """A copy of the tiny CoCoMix run, and its index over 4,000 training tokens."""
@@ -28,7 +27,6 @@ def cocomix(chain, tmp_path_factory):
     model, concept_model = load_model(content), concept_model_of_run(content, CPU)
     index = index_of_run(folder / "ckpt.pt", content, model, concept_model, CPU, 4000)
     return folder, content, model, concept_model, index
-
 
 def read_plainly(content, model, concept_model, tokens):
     """One dict for each token that an index reads."""
@@ -46,7 +44,6 @@ def read_plainly(content, model, concept_model, tokens):
                  predicted=by_concept(kept, row, t))
             for row, start in enumerate(batches.starts(0)) for t in range(T)]
 
-
 def typical_plainly(seen, kind, concept):
     """{token: (share, lift)} of the tokens with a lift above 1, best first."""
     everywhere = Counter(s[which] for s in seen for which in ("current", "next"))
@@ -61,7 +58,6 @@ def typical_plainly(seen, kind, concept):
         return found[token][0] * math.log(found[token][1])
     best = sorted(found, key=score, reverse=True)[:concept_index.TOKENS]
     return {token: found[token] for token in best}
-
 
 def test_the_index_equals_plain_counting(cocomix):
     _, content, model, concept_model, index = cocomix
@@ -89,7 +85,6 @@ def test_the_index_equals_plain_counting(cocomix):
             assert (np.diff(scores) <= 1e-9).all()
     assert (index.labelled > 0).sum() > 10
 
-
 @pytest.mark.parametrize("kind", ["active", "predicted"])
 def test_contexts_are_the_strongest_with_one_per_block(cocomix, kind):
     _, content, model, concept_model, index = cocomix
@@ -112,7 +107,6 @@ def test_contexts_are_the_strongest_with_one_per_block(cocomix, kind):
                       for v, place in best.values() if v == pytest.approx(value)]
             assert [t for t in context if t >= 0] in around
 
-
 def test_the_strongest_in_pieces_are_the_strongest_at_once():
     values, indices = torch.randn(12, 30, 40).topk(5)  # 12 blocks of 30 tokens
     where = np.arange(12)[:, None] * 1000 + np.arange(30)
@@ -122,7 +116,6 @@ def test_the_strongest_in_pieces_are_the_strongest_at_once():
         pieces.add(TopK(values[i:i + 4], indices[i:i + 4]), where[i:i + 4])
     assert np.array_equal(once.value, pieces.value) and np.array_equal(once.where, pieces.where)
     assert once.value.shape == (40, 3) and (np.diff(once.value, axis=1) <= 0).all()
-
 
 def test_pairs_are_counted_exactly_up_to_the_limit():
     keys = np.random.default_rng(0).zipf(1.3, 20_000) % 5000
@@ -137,7 +130,6 @@ def test_pairs_are_counted_exactly_up_to_the_limit():
     for key, _ in Counter(keys.tolist()).most_common(10):
         assert bounded.counts[bounded.keys == key] == counts[key]
 
-
 @pytest.mark.parametrize("bias", [True, False])
 def test_promoted_tokens_are_those_of_the_column_through_the_final_norm_and_the_head(bias):
     model = tiny_gpt(insert="concept", bias=bias)
@@ -149,14 +141,12 @@ def test_promoted_tokens_are_those_of_the_column_through_the_final_norm_and_the_
     assert torch.equal(up.long(), logits.topk(7).indices)
     assert torch.equal(down.long(), (-logits).topk(7).indices)
 
-
 @pytest.mark.parametrize("n_concepts", [30, 1100])  # in one chunk, in two
 def test_neighbours_have_the_largest_cosines(n_concepts):
     w = torch.nn.functional.normalize(torch.randn(n_concepts, 8), dim=1)
     ids, cosines = concept_index.neighbours(w, 4)
     expected = (w @ w.T - 10 * torch.eye(n_concepts)).topk(4)
     assert torch.equal(ids.long(), expected.indices) and torch.allclose(cosines, expected.values)
-
 
 def test_an_index_is_stored_and_rebuilt_for_another_checkpoint(cocomix, tmp_path, capsys):
     folder, content, model, concept_model, index = cocomix
@@ -183,12 +173,10 @@ def test_an_index_is_stored_and_rebuilt_for_another_checkpoint(cocomix, tmp_path
     torch.save(dict(own=torch.zeros(1)), tmp_path / "run/concepts.pt")  # an older version's
     assert load(tmp_path / "run", changed)[1]
 
-
 def entry(concept, following=(), current=(), contexts=()):
     return dict(id=concept, next=[[t, 0.2, 9.0] for t in following],
                 current=[[t, 0.2, 9.0] for t in current],
                 contexts=[[c, "", "", 1.0] for c in contexts])
-
 
 @pytest.mark.parametrize("query, best", [
     ("raise", [1, 2]), ("Error", [3, 1]), ("raise error", [1, 3, 2]), ("docstring", [4]),

@@ -18,7 +18,6 @@ from support.kernels import normalize
 
 CPU = torch.device("cpu")
 
-
 def make(layer=1, C=40, k=6, **choices):
     gpt = tiny_gpt().requires_grad_(False).eval()
     sae = SAE(24, C, k).double()
@@ -26,22 +25,18 @@ def make(layer=1, C=40, k=6, **choices):
     torch.nn.init.normal_(sae.pre_bias, std=0.3)
     return ConceptModel(gpt, sae.requires_grad_(False), layer, **choices)
 
-
 def tokens(T=12):
     return torch.randint(61, (2, T)), torch.randint(61, (2, T))
-
 
 def read(cm, x):
     """(h, normalised h, active concepts) after the concept model's layer."""
     h = hidden_states(cm.gpt, x, cm.layer)
     return h, normalize(h)[0], cm.sae.encode(normalize(h)[0])
 
-
 def loss_from(cm, h, y):
     """The mean next-token loss as a function of h, by the plain formulas."""
     h_final = reference.run_blocks(cm.gpt, h, cm.layer + 1, cm.gpt.config.n_layer)
     return reference.next_token_loss(reference.head(cm.gpt, h_final), y)
-
 
 # -- attribution and labels ------------------------------------------------------------------------
 
@@ -55,7 +50,6 @@ def test_attribution_is_the_slope_of_the_loss_along_the_concept():
         slope = (loss_from(cm, h + step, y) - loss_from(cm, h - step, y)) / 2e-5
         expected = (active.values[row, t, j] * slope).item()
         assert a[row, t, j].item() == pytest.approx(expected, rel=1e-4, abs=1e-9)
-
 
 @pytest.mark.parametrize("sign", ["raise", "lower", "abs"])
 @pytest.mark.parametrize("attribution", ["code", "paper"])
@@ -75,12 +69,10 @@ def test_labels_equal_the_dense_formula(sign, attribution):
     assert enough.sum() > 12
     assert torch.equal(labels[enough], expected.indices[enough])
 
-
 def test_selection_by_activation_takes_the_strongest():
     cm, (x, y) = make(select="activation"), tokens()
     _, h_normal, _ = read(cm, x)
     assert torch.equal(cm.labels(x, y), cm.sae.preactivations(h_normal).topk(4).indices)
-
 
 def test_where_too_few_concepts_are_active_only_active_ones_are_labels():
     cm, (x, y) = make(), tokens()
@@ -94,7 +86,6 @@ def test_where_too_few_concepts_are_active_only_active_ones_are_labels():
     allowed.scatter_(-1, active.indices, active.values > 0)
     assert allowed.gather(-1, labels)[some].all()
 
-
 def test_weights_stay_frozen_and_gradients_stay_off():
     cm, (x, y) = make(), tokens()
     labels = cm.labels(x, y)
@@ -102,7 +93,6 @@ def test_weights_stay_frozen_and_gradients_stay_off():
     assert all(p.grad is None for p in [*cm.gpt.parameters(), *cm.sae.parameters()])
     with torch.no_grad():
         assert torch.equal(cm.labels(x, y), labels)
-
 
 @pytest.mark.parametrize("choices, error, message", [
     (dict(layer=2), UserError, "concept_layer=2"), (dict(layer=7), UserError, "concept_layer=7"),
@@ -114,7 +104,6 @@ def test_impossible_choices_are_named(choices, error, message):
     with pytest.raises(error, match=message):
         make(**choices)
 
-
 def test_flops_of_labels_are_those_of_the_matrix_products_that_run():
     x, y = torch.randint(61, (1, 16)), torch.randint(61, (1, 16))
     attention = 4 * 24 * 16 // 2  # of one block
@@ -125,7 +114,6 @@ def test_flops_of_labels_are_those_of_the_matrix_products_that_run():
         with CountProducts() as counter:
             cm.labels(x, y)
         assert label_flops_per_token(cm) == counter.flops / 16 + blocks * attention
-
 
 @pytest.mark.parametrize("select, target", [("attribution", "concept"), ("activation", "concept"),
                                             ("attribution", "hidden"), ("attribution", "none")])
@@ -148,13 +136,11 @@ def test_a_teacher_has_the_models_logits_and_costs_no_second_forward(select, tar
         # labels by attribution have already run the upper blocks
         assert (counts[0] == counts[1]) == (select == "attribution")
 
-
 def test_for_labels_from_disk_only_the_next_token_distribution_is_left():
     cm, (x, y) = make(), tokens()
     targets = cm.distribution_only().targets(x, y)
     assert targets.labels is None and targets.active is None
     assert torch.equal(targets.teacher.x, cm.targets(x, y, teaches=True).teacher.x)
-
 
 # -- runs ------------------------------------------------------------------------------------------
 
@@ -169,7 +155,6 @@ def test_a_run_finds_the_concept_model_that_it_learned_from(chain):
     x, y = torch.randint(97, 123, (2, 12)), torch.randint(97, 123, (2, 12))
     labels = concept_model_of_run(content, CPU).labels(x, y)
     assert torch.equal(labels, read(cm, x)[2].indices[..., :3])
-
 
 def test_the_column_norms_of_the_compress_matrix_are_shown_and_drawn(chain, tmp_path):
     plot = tmp_path / "w.svg"

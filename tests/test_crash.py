@@ -20,7 +20,6 @@ from support.checkpoint import load_checkpoint
 ROOT = Path(train.__file__).resolve().parent
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-
 def command(chain, dataset, name):
     """(script, its arguments) of the case `name`."""
     concept_model, sae = f"--concept_model={chain['gpt']}", f"--sae={chain['sae']}"
@@ -40,14 +39,12 @@ def command(chain, dataset, name):
             "--device=cpu", "--eval_tokens=1000", f"--dataset={dataset}", concept_model]),
     }[name]
 
-
 def write_labels(argv):
     """Store the labels that a run with these arguments needs."""
     keys = concepts.Config.__dataclass_fields__
     argv = [arg for arg in argv if arg.partition("=")[0].lstrip("-") in keys]
     status, _, err = run(concepts.main, "--write_labels", *argv)
     assert status == 0, err
-
 
 def killed(script, argv, kills, out):
     """Run tests/crash.py → what its kills hit."""
@@ -59,11 +56,9 @@ def killed(script, argv, kills, out):
     assert hit["kills"] == kills and hit["ends"] >= 1
     return hit
 
-
 def test_a_killed_run_ends_like_one_that_was_never_interrupted(chain, dataset, tmp_path):
     script, argv = command(chain, dataset, "ntp")
     killed(script, [*argv, "--max_iters=10"], 4, tmp_path)
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [
@@ -77,7 +72,6 @@ def test_twenty_kills_lose_nothing(chain, dataset, tmp_path, name):
     # some kills hit between a line of the log and its checkpoint, or while one was written
     assert hit["ahead"] + hit["writing"] > 0, hit
 
-
 def torchrun(*argv):
     """Two processes of train.py in a session of their own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -85,17 +79,14 @@ def torchrun(*argv):
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                             start_new_session=True, env=ONE_THREAD)
 
-
 def wait_for_success(process):
     err = process.communicate(timeout=300)[1]
     assert process.returncode == 0, err
-
 
 def descendants(pid):
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     children = [int(child) for child in text.split()]
     return children + [pid for child in children for pid in descendants(child)]
-
 
 def kill_after_a_log_line(process, log, delay, all_of_them):
     """SIGKILL once the log has grown: torchrun and its processes, or only one of the latter."""
@@ -110,7 +101,6 @@ def kill_after_a_log_line(process, log, delay, all_of_them):
         os.kill(pid, signal.SIGKILL)
     err = process.communicate(timeout=120)[1]
     assert process.returncode != 0, err
-
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find processes")

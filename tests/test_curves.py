@@ -5,7 +5,6 @@ import pytest
 
 from support import curves
 
-
 def log(losses, every=100, seed=1, flops=10, concept_flops=0, speed=50):
     """A run's log with an evaluation every so many tokens."""
     head = dict(step=0, seed=seed, max_iters=len(losses), flops_per_token=flops,
@@ -13,10 +12,8 @@ def log(losses, every=100, seed=1, flops=10, concept_flops=0, speed=50):
     return [head] + [dict(step=i, tokens=every * i, val_loss=loss, seconds=every * i / speed)
                      for i, loss in enumerate(losses, 1)]
 
-
 def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
-
 
 def test_tokens_to_reach_a_loss_are_interpolated():
     curve = [100, 200, 300, 400], [5.0, 4.0, 3.0, 3.5]
@@ -24,7 +21,6 @@ def test_tokens_to_reach_a_loss_are_interpolated():
     assert curves.tokens_to_reach(*curve, 3.0) == 300
     assert curves.tokens_to_reach(*curve, 5.5) == 100
     assert curves.tokens_to_reach(*curve, 2.9) is None
-
 
 def test_the_table_compares_each_run_with_the_first():
     found = curves.read_curves({
@@ -38,7 +34,6 @@ def test_the_table_compares_each_run_with_the_first():
     assert rows[3] == ["fast", "1", "3.250", "2.000", "-1.250", "50.0%", "150.0%", "1.20e+04", "8"]
     assert rows[4][2:7] == ["5.000", "4.000", "0.750", "not reached", "not reached"]
 
-
 def test_seeds_of_one_method_are_one_curve():
     logs = {"ntp-1": log([5.0, 3.0], seed=1), "ntp-22": log([6.0, 3.5], seed=22)}
     found = curves.read_curves({**logs, "other-9": log([1.0], seed=1)})
@@ -46,7 +41,6 @@ def test_seeds_of_one_method_are_one_curve():
     assert found["ntp"].loss == [5.5, 3.25] and found["ntp"].seeds == [1, 22]
     assert len(found["other-9"].losses) == 1
     assert "3.250 ± 0.250" in curves.learning_curves({"ntp": found["ntp"]})
-
 
 def test_runs_are_compared_seed_by_seed():
     found = curves.read_curves({
@@ -60,14 +54,12 @@ def test_runs_are_compared_seed_by_seed():
     assert versus["other"] == versus["ntp"] == ["–", "–", "–"]
     assert curves.spread([-0.0001]) == "0.000" and curves.spread([-0.01]) == "-0.010"
 
-
 def test_runs_without_a_shared_evaluation_are_refused():
     found = curves.read_curves({"a": log([5.0], every=100), "b": log([5.0], every=70)})
     with pytest.raises(UserError, match="share no evaluation"):
         curves.learning_curves(found)
     with pytest.raises(UserError, match="no evaluation after the start"):
         curves.read_curves({"a": log([])})
-
 
 def test_a_picture_without_a_suffix_is_drawn_as_png_and_svg(tmp_path):
     found = curves.read_curves({"ntp-1": log([5.0, 3.0]), "ntp-2": log([5.0, 3.5], seed=2)})
@@ -77,7 +69,6 @@ def test_a_picture_without_a_suffix_is_drawn_as_png_and_svg(tmp_path):
     curves.plot(tmp_path / "again.svg", found)
     assert (tmp_path / "again.svg").read_bytes() == svg  # the same figure, the same bytes
 
-
 def test_panels_without_runs_are_left_out(tmp_path):
     found = curves.read_curves({"ntp": log([5.0, 3.0])})
     panels = {"first": ["ntp", "missing"], "second": ["ntp"], "empty": ["missing"]}
@@ -85,7 +76,6 @@ def test_panels_without_runs_are_left_out(tmp_path):
     svg = (tmp_path / "panels.svg").read_text()  # matplotlib writes each text as a comment, too
     texts = "training tokens", "first", "second", "empty"
     assert [svg.count(f"<!-- {text} -->") for text in texts] == [2, 1, 1, 0]
-
 
 def test_of_several_evaluations_the_most_complete_counts():
     lines = [dict(tokens=8, limit=None, val_tokens=90, perplexity=5.0),

@@ -17,12 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 METHOD = ("model.py", "sae.py", "concepts.py", "train.py")
 
-
 def quotes(page):
     """[(file, name, code)] of a page."""
     return re.findall(r"<!-- from (\S+): (\S+) -->\n```python\n(.*?)\n```\n<!-- end -->",
                       page.read_text(), re.S)
-
 
 def definition(file, name):
     """The source lines of a function or class, such as GPT.forward."""
@@ -34,10 +32,8 @@ def definition(file, name):
         node = found[0]
     return text.splitlines()[node.lineno - 1:node.end_lineno]
 
-
 def excerpts(lines, n):
     return {dedent("\n".join(lines[i:i + n])) for i in range(len(lines) - n + 1)}
-
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_quoted_code_is_verbatim(page):
@@ -46,7 +42,6 @@ def test_quoted_code_is_verbatim(page):
     for file, name, code in quotes(page):
         assert code in excerpts(definition(file, name), len(code.splitlines())), (
             f"{page.name} quotes {file}: {name}, which now reads differently")
-
 
 def test_the_walk_through_quotes_every_method_file():
     quoted = quotes(ROOT / "docs" / "method.md")

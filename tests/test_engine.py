@@ -8,10 +8,8 @@ from test_reference import VARIANTS
 
 from support.engine import generate
 
-
 def seeded(seed=1):
     return torch.Generator().manual_seed(seed)
-
 
 @pytest.mark.parametrize("insert, mix", VARIANTS)
 @pytest.mark.parametrize("temperature", [0, 0.9])
@@ -30,7 +28,6 @@ def test_generation_with_the_cache_equals_generation_without(insert, mix, temper
             assert texts[0].shape == (rows, length + 20)
             assert torch.equal(texts[0][:, :length], idx.repeat(rows // 2, 1))
 
-
 @pytest.mark.parametrize("mix", ["interleave", "interleave_residual", "add"])
 def test_a_sweep_equals_each_factor_alone_with_the_same_random_numbers(mix):
     model = tiny_gpt(insert="concept", mix=mix)
@@ -45,14 +42,12 @@ def test_a_sweep_equals_each_factor_alone_with_the_same_random_numbers(mix):
     assert torch.equal(together[1], plain)  # factors of one change nothing
     assert len({tuple(rows.flatten().tolist()) for rows in together}) > 1
 
-
 def test_a_sweep_runs_the_lower_blocks_once_over_the_prompt():
     model, shapes = tiny_gpt(insert="concept"), []
     model.h[0].register_forward_hook(lambda block, args, out: shapes.append(args[0].shape[:2]))
     scale = torch.ones(5, 1, 40, dtype=torch.float64)
     generate(model, torch.randint(61, (2, 7)), 3, scale=scale)
     assert shapes == [(2, 7), (10, 1), (10, 1)]
-
 
 @pytest.mark.parametrize("top_k", [None, 5])
 def test_tokens_are_drawn_with_the_models_probabilities(top_k):
@@ -65,7 +60,6 @@ def test_tokens_are_drawn_with_the_models_probabilities(top_k):
     found = torch.bincount(drawn, minlength=61) / 20_000
     assert (found - expected / expected.sum()).abs().max() < 0.012
 
-
 def test_beyond_block_size_generation_continues_from_the_last_half():
     model = tiny_gpt(insert_layer=9)  # not used by a plain GPT
     idx = torch.randint(61, (1, 16))
@@ -74,13 +68,11 @@ def test_beyond_block_size_generation_continues_from_the_last_half():
         window = out[:, :n] if n <= 16 else out[:, 9:n]
         assert out[0, n] == model(window).logits[0, -1].argmax()
 
-
 def test_padding_is_never_sampled():
     model = tiny_gpt(vocab_size=61)
     with torch.no_grad():
         model.wte.weight[61:] = 100.0
     assert generate(model, torch.randint(61, (2, 12)), 20, temperature=1.5).max() < 61
-
 
 @pytest.mark.slow
 def test_generation_with_the_cache_is_eight_times_as_fast():

@@ -23,7 +23,6 @@ from support.tokens import load_tokenizer, load_tokens, sequential, tokens_of_ru
 
 CPU = torch.device("cpu")
 
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The invented documents as files, plain and compressed."""
@@ -36,7 +35,6 @@ def folder(tmp_path_factory):
             (root / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     return root
 
-
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory, dataset, chain):
     """A CoCoMix run with all its checkpoints."""
@@ -46,7 +44,6 @@ def kept(tmp_path_factory, dataset, chain):
                          f"--concept_model={chain['gpt']}", f"--sae={chain['sae']}")
     assert status == 0, err
     return run_dir
-
 
 def test_a_run_keeps_the_model_of_every_evaluation(kept, dataset, tmp_path):
     assert sorted(path.name for path in kept.glob("*.pt")) == ["ckpt.pt", "step_4.pt", "step_8.pt"]
@@ -63,7 +60,6 @@ def test_a_run_keeps_the_model_of_every_evaluation(kept, dataset, tmp_path):
                *again)[0] == 0
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert names == ["ckpt.pt", "log.jsonl"]  # nothing of the earlier run
-
 
 def test_the_table_and_its_rows_are_those_of_a_plain_evaluation(chain, dataset, tmp_path):
     status, out, err = run(evaluation.main, chain["ntp"], chain["cocomix"], "--device=cpu",
@@ -89,7 +85,6 @@ def test_the_table_and_its_rows_are_those_of_a_plain_evaluation(chain, dataset, 
     assert "hit rate" in out and "cocomix" in out and "–" in out
     assert (tmp_path / "c.png").stat().st_size > 5000
 
-
 def test_compare_prints_learning_curves_from_folders_and_from_logs(chain, tmp_path):
     log, plot = tmp_path / "mine.jsonl", tmp_path / "c.svg"
     shutil.copy(f"{chain['cocomix']}/log.jsonl", log)
@@ -100,7 +95,6 @@ def test_compare_prints_learning_curves_from_folders_and_from_logs(chain, tmp_pa
     assert lines[2].startswith("| ntp | 1 |") and plot.is_file()
     assert lines[3].startswith(f"| mine | 1 | {val[0]:.3f} | {val[1]:.3f} |")
     assert "--compare needs runs" in run(evaluation.main, "--compare")[2]
-
 
 def test_every_checkpoint_is_evaluated_and_the_figures_drawn(kept, folder, tmp_path):
     common = [kept, f"--eval_data={folder}", "--device=cpu", "--batch_size=8", "--tokens=500"]
@@ -130,10 +124,8 @@ def test_every_checkpoint_is_evaluated_and_the_figures_drawn(kept, folder, tmp_p
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["x-averages.png", "x-tasks.png", "x.png"]
 
-
 METHODS = typing.get_args(typing.get_type_hints(train.Config)["method"])
 COCOMIX = "--mix=interleave_residual", "--mix=add", "--mix=none", "--target=l2"
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method, argv", [*((method, []) for method in METHODS),
@@ -151,14 +143,12 @@ def test_runs_of_every_method_are_evaluated(method, argv, chain, dataset, folder
     assert line["method"] == method
     assert all(math.isfinite(line[measure]) for measure in curves.MEASURES)
 
-
 def save_gpt2(model, folder):
     """A GPT's weights in the layout in which GPT-2's are published."""
     conv = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
     state = {name: t.T.contiguous() if name.endswith(conv) else t
              for name, t in model.state_dict().items()}
     torch.save(state, folder / "pytorch_model.bin")
-
 
 def test_gpt2_is_evaluated_from_a_folder_of_its_weights(tmp_path, folder, monkeypatch):
     model = tiny_gpt(torch.float32, n_embd=64, n_head=1, vocab_size=4096, block_size=64)
@@ -178,7 +168,6 @@ def test_gpt2_is_evaluated_from_a_folder_of_its_weights(tmp_path, folder, monkey
     assert row["arc_easy/acc"] == pytest.approx(mine["arc_easy/acc"], abs=1e-6)
     assert row["val_tokens"] == 3999 and row["average_perplexity"] > 0
 
-
 def test_the_official_perplexity_drops_the_remainder_and_each_blocks_first_token(
         chain, dataset, tmp_path):
     status, _, err = run(evaluation.main, chain["cocomix"], "--official", "--tokens=1000",
@@ -193,7 +182,6 @@ def test_the_official_perplexity_drops_the_remainder_and_each_blocks_first_token
     row, = read_log(tmp_path / "w.jsonl")
     assert row["official_perplexity"] == pytest.approx(loss.exp().item(), rel=1e-5)
 
-
 def test_the_hit_rate_is_shown_next_to_that_of_the_most_common_labels(chain):
     content = load_checkpoint(chain["cocomix"])
     row = evaluation.evaluate(content, load_model(content), CPU)
@@ -203,7 +191,6 @@ def test_the_hit_rate_is_shown_next_to_that_of_the_most_common_labels(chain):
     most_common = set(labels.flatten().bincount().topk(4).indices.tolist())
     hits = [len(most_common & set(position)) / 4 for position in labels.tolist()]
     assert row["fixed_hit_rate"] == pytest.approx(sum(hits) / len(hits), abs=1e-6)
-
 
 BAD = {  # what is wrong: (arguments, what the line must say)
     "an unknown task": ("{ntp} --tasks=piqa,arc", "no task 'arc'", "arc_easy"),
@@ -222,7 +209,6 @@ BAD = {  # what is wrong: (arguments, what the line must say)
     "val shorter than a block": ("{ntp} --official --tokens=20", "20 tokens", "block of 32"),
     "a limit of nothing": ("{ntp} --limit=0", "limit='0'", "at least 1"),
 }
-
 
 @pytest.mark.parametrize("case", BAD)
 def test_one_line_says_what_is_wrong(case, chain, tmp_path):

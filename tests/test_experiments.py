@@ -20,10 +20,8 @@ spec = importlib.util.spec_from_file_location("results_run", ROOT / "results" / 
 experiment = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(experiment)
 
-
 def write_log(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
 
 def test_a_claim_holds_where_it_does_for_every_seed():
     ends = {"a": (3.0, 4.0), "b": (3.5, 4.25), "c": (2.5, 4.5)}
@@ -34,7 +32,6 @@ def test_a_claim_holds_where_it_does_for_every_seed():
     rows = [row.strip("| ").split(" | ")[3:] for row in table.splitlines()[2:]]
     assert rows == [["-0.375 ± 0.125", "holds"], ["0.375 ± 0.125", "does not hold"],
                     ["0.000 ± 0.500", "seeds disagree"]]
-
 
 def test_an_experiment_draws_the_finished_runs(tmp_path):
     (tmp_path / "experiment.py").write_text("""
@@ -62,9 +59,7 @@ claims = {"a claim": ("KD", "NTP")}
     assert (tmp_path / "short.md").read_text() == table and (tmp_path / "short.png").is_file()
     assert len((tmp_path / "claims.md").read_text().splitlines()) == 2  # no claim can be checked
 
-
 ONE = 'runs = {"a": "train.py"}\n'
-
 
 @pytest.mark.parametrize("text, message", [
     ("runs = {}", "runs={}: expected a dict"),
@@ -83,7 +78,6 @@ def test_what_is_wrong_in_an_experiment_is_named(tmp_path, text, message):
     (tmp_path / "experiment.py").write_text(f'out = "out"\n{text}\n')
     status, _, err = run(experiment.main, tmp_path)
     assert status == 1 and message in err, err
-
 
 def test_the_output_of_a_command_is_kept_until_the_command_changes(tmp_path):
     script = "import sys; print(*sys.argv[1:]); sys.exit(sys.argv[1] == 'fail')"
@@ -105,7 +99,6 @@ def test_the_output_of_a_command_is_kept_until_the_command_changes(tmp_path):
     with pytest.raises(UserError, match="ended with status 1"):
         run_after("fail", again=[1])
     assert not kept.exists()  # not the output of earlier runs
-
 
 @pytest.mark.slow
 def test_an_experiment_runs_what_is_missing(dataset, tmp_path, monkeypatch):
@@ -153,7 +146,6 @@ def test_an_experiment_runs_what_is_missing(dataset, tmp_path, monkeypatch):
     (folder / "experiment.py").write_text(f'out = "{out}"\nruns = {broken}\n')
     status, _, err = run(experiment.main, folder)
     assert status == 1 and "n_embd=16 is not divisible" in err
-
 
 @pytest.mark.parametrize("name, rows",
                          [("stdlib-ablations", 25), ("books-cpu", 19), ("books-h200", 8)])

@@ -19,7 +19,6 @@ datasets = pytest.importorskip("datasets", reason="needs datasets (requirements.
 DOCUMENTS = [f"document {i}, " + "word " * (i % 7) + "größer." for i in range(300)]
 TOKENIZER = load_tokenizer("stdlib")
 
-
 def parquet(folder, documents, files=3):
     """Write parquet files named as on the hub, with an extra column."""
     import pyarrow
@@ -32,39 +31,32 @@ def parquet(folder, documents, files=3):
         pyarrow.parquet.write_table(table, folder / "data" / name, row_group_size=40)
     return folder
 
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     return parquet(tmp_path_factory.mktemp("hub") / "small", DOCUMENTS)
-
 
 def prepare(source, out, *more, name="openwebtext"):
     argv = [f"--source={source}", f"--out={out}", "--tokenizer=stdlib"]
     return run(script(name).main, *argv, *more)
 
-
 def encoded(documents):
     ids = [TOKENIZER.encode_ordinary(text) + [TOKENIZER.eot_token] for text in documents]
     return np.concatenate(ids).astype("<u2").tobytes()
 
-
 def written(out):
     names = "train.bin", "val.bin", "meta.json"
     return {name: (out / name).read_bytes() for name in names}
-
 
 def last_line(err):
     lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip()]
     assert lines[-1].startswith("error: ")
     return lines[-1]
 
-
 def test_the_held_out_documents_are_nanogpts():
     for n in (40_001, 123_457):
         split = datasets.Dataset.from_dict(dict(number=np.arange(n))).train_test_split(
             test_size=0.0005, seed=2357, shuffle=True)
         assert hub.held_out_of(n).tolist() == split["test"]["number"][:]
-
 
 @pytest.mark.parametrize("name", ["openwebtext", "openwebmath"])
 def test_a_small_trial_uses_the_first_documents_and_holds_out_twenty(small, tmp_path, name):
@@ -78,7 +70,6 @@ def test_a_small_trial_uses_the_first_documents_and_holds_out_twenty(small, tmp_
     assert meta["val_tokens"] == len(files["val.bin"]) // 2 and meta["documents"] == 150
     assert {path.name for path in tmp_path.iterdir()} == set(files)
     assert f"{meta['train_tokens']:,} train tokens" in out
-
 
 @pytest.mark.parametrize("stop_after", [0, 1, 2])
 def test_an_interrupted_run_resumes_and_gives_the_same_files(
@@ -107,7 +98,6 @@ def test_an_interrupted_run_resumes_and_gives_the_same_files(
     assert len(calls) - 10 == 2 * (3 - stop_after)  # complete parts were kept
     assert written(again) == written(whole)
 
-
 def test_other_keys_after_an_interruption_start_anew(small, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -120,7 +110,6 @@ def test_other_keys_after_an_interruption_start_anew(small, tmp_path, monkeypatc
     assert prepare(small, again, "--num_docs=250")[0] == 0
     assert written(again) == written(whole) and not list(again.glob("parts-*"))
 
-
 def test_a_second_call_does_nothing_and_another_dataset_is_not_overwritten(small, tmp_path):
     assert prepare(small, tmp_path, "--num_docs=150")[0] == 0
     before = (tmp_path / "train.bin").stat().st_mtime_ns
@@ -132,7 +121,6 @@ def test_a_second_call_does_nothing_and_another_dataset_is_not_overwritten(small
     assert len(err.strip().splitlines()) == 1
     assert prepare(small, tmp_path, "--num_docs=160", "--force")[0] == 0
     assert load_meta(tmp_path)["documents"] == 160
-
 
 @pytest.mark.parametrize("damage, message", [
     ("no files", "no train-*.parquet under"),
@@ -152,7 +140,6 @@ def test_wrong_files_end_in_one_line(small, tmp_path, damage, message):
     status, _, err = prepare(tmp_path / "hub", tmp_path / "out")
     assert status == 1 and message in last_line(err) and not (tmp_path / "out").exists()
 
-
 def test_a_file_that_breaks_off_keeps_finished_files(small, tmp_path, monkeypatch):
     load_dataset = datasets.load_dataset
 
@@ -167,14 +154,12 @@ def test_a_file_that_breaks_off_keeps_finished_files(small, tmp_path, monkeypatc
     assert status == 1 and "train-00001" in line and "reset by peer" in line and "resume" in line
     assert len(list(tmp_path.glob("parts-*/val-*.bin"))) == 1
 
-
 def test_disk_space_is_checked_first(small, tmp_path, monkeypatch):
     free = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     status, _, err = prepare(small, tmp_path, "--num_docs=300")
     assert status == 1 and "0.0 GB free" in last_line(err) and "--out" in last_line(err)
     assert not list(tmp_path.glob("parts-*/*.bin"))
-
 
 @pytest.mark.parametrize("name", ["openwebtext", "openwebmath"])
 def test_without_a_network_one_line_says_how_to_copy_files(tmp_path, monkeypatch, name):
@@ -186,7 +171,6 @@ def test_without_a_network_one_line_says_how_to_copy_files(tmp_path, monkeypatch
     status, _, err = run(script(name).main, f"--out={tmp_path}", "--tokenizer=stdlib")
     assert status == 1 and len(err.strip().splitlines()) == 1
     assert "--source=FOLDER" in err and "hf://datasets/" in err and not list(tmp_path.iterdir())
-
 
 @pytest.mark.slow
 def test_killed_again_and_again_it_gives_the_same_files(tmp_path):

@@ -23,23 +23,19 @@ from support.kernels import (
 
 ROOT = Path(__file__).resolve().parents[1]
 
-
 def normal(*shape, grad=True):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=grad)
-
 
 def check_gradients(ours, expected, inputs):
     ours, expected = torch.autograd.grad(ours, inputs), torch.autograd.grad(expected, inputs)
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b)
 
-
 @pytest.fixture(params=[None, 7], ids=["one chunk", "chunks of 7 rows"])
 def chunks(request, monkeypatch):
     """Rows in one chunk, or in several with a shorter one at the end."""
     if request.param:
         monkeypatch.setattr(kernels, "chunk_rows", lambda device, width: request.param)
-
 
 # -- linear heads ----------------------------------------------------------------------------------
 
@@ -59,7 +55,6 @@ def test_linear_topk_equals_the_plain_formula(chunks, bias):
     check_gradients(2 * loss + (top.values * mixture).sum(),
                     2 * expected + (values * mixture).sum(), inputs)
 
-
 @pytest.mark.parametrize("bias", [True, False])
 def test_without_labels_the_gradient_comes_through_the_kept_values_only(chunks, bias):
     x, w, b = normal(3, 10, 8), normal(50, 8), normal(50) if bias else None
@@ -69,14 +64,12 @@ def test_without_labels_the_gradient_comes_through_the_kept_values_only(chunks, 
     expected = (F.linear(x, w, b).topk(6).values * mixture).sum()
     check_gradients((top.values * mixture).sum(), expected, [t for t in (x, w, b) if t is not None])
 
-
 def test_a_second_backward_through_a_loss_is_an_error_and_never_a_wrong_gradient():
     x, w = torch.randn(10, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     _, loss = linear_topk(x, w, None, 6, torch.randint(50, (10, 4)))
     (2 * loss).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (2 * loss).backward()
-
 
 def test_linear_cross_entropy_equals_pytorchs(chunks):
     x, w, y = normal(2, 9, 8), normal(64, 8), torch.randint(50, (2, 9))
@@ -86,11 +79,9 @@ def test_linear_cross_entropy_equals_pytorchs(chunks):
     torch.testing.assert_close(loss, expected)
     check_gradients(loss, expected, (x, w))
 
-
 def test_the_loss_of_huge_logits_is_finite():
     x, w = normal(2, 9, 8, grad=False), normal(64, 8)
     assert linear_cross_entropy(x * 1e4, w, torch.randint(50, (2, 9)))[0].isfinite()
-
 
 def test_distillation_equals_the_plain_formula(chunks):
     x, w, y = normal(2, 9, 8), normal(64, 8), torch.randint(50, (2, 9))
@@ -104,13 +95,11 @@ def test_distillation_equals_the_plain_formula(chunks):
     assert not kl.requires_grad
     check_gradients(loss, expected, (x, w))
 
-
 def test_a_model_that_is_its_own_teacher_has_no_kl(chunks):
     x, w, y = normal(2, 9, 8), normal(64, 8), torch.randint(50, (2, 9))
     loss, kl = linear_cross_entropy(x, w, y, 50, Teacher(x.detach(), w.detach()), 0.3)
     assert kl.abs() < 1e-12
     torch.testing.assert_close(loss, linear_cross_entropy(x, w, y, 50)[0])
-
 
 # -- TopK and sparse products ----------------------------------------------------------------------
 
@@ -127,7 +116,6 @@ def test_topk_in_stages_equals_topk(C, k):
     assert torch.equal(ties.gather(-1, ours.indices), ours.values)
     assert all(len(set(row.tolist())) == k for row in ours.indices)
 
-
 def test_sparse_products_equal_dense_ones():
     N, C, d, k = 20, 30, 6, 4
     z, w, x = normal(N, C, grad=False), normal(C, d), normal(N, d, grad=False)
@@ -141,12 +129,10 @@ def test_sparse_products_equal_dense_ones():
         return sparse_decode(TopK(values, indices), w)
     assert torch.autograd.gradcheck(decode, (values.requires_grad_(), w))
 
-
 def test_sparse_outer_where_only_the_last_concept_is_kept():
     top = TopK(torch.ones(5, 1), torch.full((5, 1), 9))
     out = sparse_outer(top, torch.ones(5, 2), 10)
     assert torch.equal(out[:9], torch.zeros(9, 2)) and torch.equal(out[9], torch.full((2,), 5.0))
-
 
 def test_normalize_equals_the_reference():
     h = normal(2, 5, 24)
@@ -156,7 +142,6 @@ def test_normalize_equals_the_reference():
     mixture = normal(2, 5, 24, grad=False)
     check_gradients((ours[0] * mixture).sum() + ours[2].sum(),
                     (expected[0] * mixture).sum() + expected[2].sum(), [h])
-
 
 # -- memory ----------------------------------------------------------------------------------------
 

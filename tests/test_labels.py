@@ -14,27 +14,22 @@ from support.tokens import load_tokens
 
 CPU = torch.device("cpu")
 
-
 @pytest.fixture
 def own_dataset(dataset, tmp_path):  # label files are written next to the data
     return shutil.copytree(dataset, tmp_path / "data")
-
 
 def label_keys(chain, dataset):
     return dict(dataset=str(dataset), block_size=32, concept_model=chain["gpt"], sae=chain["sae"],
                 concept_layer=1, device="cpu")
 
-
 def arguments(chain, dataset, *more):
     return [f"--{name}={value}" for name, value in label_keys(chain, dataset).items()] + [*more]
-
 
 @pytest.fixture
 def double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
 
 @pytest.mark.parametrize("choice", [["--select=activation", "--attr_k=3"],
                                     ["--attribution_sign=abs"]], ids=" ".join)
@@ -56,7 +51,6 @@ def test_training_on_stored_labels_equals_training_on_the_fly(
             assert a[name] == b[name]
     kd = log("kd", "--labels=disk", "--method=cocomix_kd", "--kd_weight=0")
     assert kd[-1]["val_loss"] == pytest.approx(fly[-1]["val_loss"], abs=1e-6)
-
 
 def test_stored_labels_are_those_of_every_unshifted_block_and_writing_resumes(
         chain, own_dataset, monkeypatch):
@@ -88,7 +82,6 @@ def test_stored_labels_are_those_of_every_unshifted_block_and_writing_resumes(
     write_labels(concept_model, keys, 257, CPU)
     assert len(calls) == 4  # 3 calls with up to 8192 tokens, the second one twice
     assert path.read_bytes() == content and not part.exists()
-
 
 def test_labels_of_something_else_are_refused(chain, own_dataset, tmp_path):
     write = [concepts.main, "--write_labels", *arguments(chain, own_dataset)]

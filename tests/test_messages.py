@@ -33,7 +33,6 @@ from support.published import sae_file
 
 ROOT = Path(train.__file__).resolve().parent
 
-
 # -- broken files ----------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,6 @@ def bad(tmp_path_factory, chain, dataset):
     break_texts(folder)
     break_scripts(folder)
     return folder
-
 
 def break_datasets(folder, dataset):
     meta = json.loads((dataset / "meta.json").read_text())
@@ -63,7 +61,6 @@ def break_datasets(folder, dataset):
     with open(folder / "odd/val.bin", "ab") as file:
         file.write(b"x")
 
-
 class Touch:
     """Unpickled, it would create a file."""
     def __init__(self, path):
@@ -71,7 +68,6 @@ class Touch:
 
     def __reduce__(self):
         return os.system, (f"touch {self.path}",)
-
 
 def break_checkpoints(folder, ntp, cocomix):
     whole = ntp.read_bytes()
@@ -99,7 +95,6 @@ def break_checkpoints(folder, ntp, cocomix):
     torch.save({"a": 1}, folder / "not.pt")
     torch.save({"wte.weight": torch.zeros(100, 64)}, folder / "half.bin")
 
-
 def break_saes(folder, good):
     content = torch.load(good / "sae.pt", weights_only=True)
     changes = dict(nan={"encoder.weight": content["encoder.weight"] * torch.nan},
@@ -110,7 +105,6 @@ def break_saes(folder, good):
     torch.save(torch.zeros(3), folder / "tensor.pt")
     shutil.copytree(good, folder / "sae-list")
     (folder / "sae-list/sae.json").write_text("[]")
-
 
 def break_texts(folder):
     hex_digits = os.urandom(5000).hex().encode()
@@ -125,7 +119,6 @@ def break_texts(folder):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
 
-
 def break_scripts(folder):
     contents = {
         "raises.py": "raise RuntimeError('no')", "value.py": "n_layer = [1, 2]",
@@ -137,7 +130,6 @@ def break_scripts(folder):
     for name, content in contents.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(content)
-
 
 # -- the tables ------------------------------------------------------------------------------------
 
@@ -409,7 +401,6 @@ RESULTS = {
     "a command that fails": ("{bad}/fails", "ended with status 1", "RuntimeError: no"),
 }
 
-
 COMMANDS = [(train.main, TRAIN), (sample.main, SAMPLE), (concepts.main, CONCEPTS),
             (evaluation.main, EVAL), (sae.main, SAES), (script("text").main, TEXT),
             (script("stdlib").main, STDLIB), (script("openwebtext").main, HUB),
@@ -419,12 +410,10 @@ CASES = [pytest.param(main, arguments, needed, id=f"{main.__module__}: {title}")
 # These are noticed only after the first checkpoint is written.
 AFTER_STEP_0 = TRAIN["tokens beyond the vocabulary"][0], TRAIN["a loss that overflows"][0]
 
-
 def messages(err):
     """The lines on stderr, less the progress bars."""
     lines = err.replace("\r", "\n").splitlines()
     return [line for line in lines if line.strip() and not re.search(r"\[\d\d:\d\d[<,]", line)]
-
 
 @pytest.mark.parametrize("main, arguments, needed", CASES)
 def test_one_line_says_what_is_wrong(main, arguments, needed, bad, chain, dataset, tmp_path):
@@ -443,18 +432,15 @@ def test_one_line_says_what_is_wrong(main, arguments, needed, bad, chain, datase
         assert not (tmp_path / "out" / "ckpt.pt").exists()
     assert not any((bad / name).exists() for name in ("x/meta.json", "x/sae.pt", "ran"))
 
-
 def test_debug_shows_the_traceback(chain):
     with pytest.raises(UserError):
         run(sample.main, f"{chain['root']}/nowhere", "--debug")
-
 
 def test_a_real_process_prints_no_traceback():
     process = subprocess.run([sys.executable, str(ROOT / "train.py"), "--n_layer=two"],
                              capture_output=True, text=True)
     assert process.returncode == 1 and process.stdout == ""
     assert len(process.stderr.strip().splitlines()) == 1
-
 
 def test_without_a_network_the_place_for_the_sae_is_named(tmp_path, monkeypatch):
     def refused(*_, **__):
@@ -465,7 +451,6 @@ def test_without_a_network_the_place_for_the_sae_is_named(tmp_path, monkeypatch)
     with pytest.raises(UserError, match="can't be fetched .* by hand as .*sae-openai-layer5.pt"):
         sae.load_sae("openai", 5, 768)
 
-
 LIMITED = """
 import resource, signal, sys
 sys.path.insert(0, {root!r})
@@ -475,7 +460,6 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 runtime.run(train.main)
 """
-
 
 @pytest.mark.parametrize("what", ["checkpoint", "log"])
 def test_a_full_disk_keeps_the_last_good_checkpoint(dataset, tmp_path, what):
@@ -492,7 +476,6 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(dataset, tmp_path, what):
     assert "Traceback" not in process.stderr
     assert load_checkpoint(tmp_path)["step"] == (0 if what == "checkpoint" else 8)
     assert not list(tmp_path.glob("*.tmp"))
-
 
 def test_a_folder_that_cannot_be_created(dataset, tmp_path):
     (tmp_path / "file").write_text("")

@@ -12,7 +12,6 @@ from model import GPT, ModelConfig, load_gpt, load_model
 from support.ablations import DISTANCES, INSERTS, MIXES, HiddenMixer
 from support.kernels import normalize
 
-
 @pytest.mark.parametrize("insert, mix", VARIANTS)
 def test_a_later_token_never_changes_an_earlier_logit(insert, mix):
     model, (x, _) = tiny_gpt(insert=insert, mix=mix), tokens()
@@ -22,7 +21,6 @@ def test_a_later_token_never_changes_an_earlier_logit(insert, mix):
         before, after = model(x).logits, model(changed).logits
         assert torch.equal(before[:, :t], after[:, :t])
         assert not torch.allclose(before[:, t], after[:, t])
-
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_concepts_alone_are_those_of_the_whole_forward(mix):
@@ -34,7 +32,6 @@ def test_concepts_alone_are_those_of_the_whole_forward(mix):
         assert torch.equal(alone.indices, whole.indices)
         assert torch.equal(alone.values, whole.values)
 
-
 def test_each_sequence_can_be_steered_by_factors_of_its_own():
     model, (x, _) = tiny_gpt(insert="concept"), tokens()
     scale = torch.ones(40, dtype=torch.float64)
@@ -43,7 +40,6 @@ def test_each_sequence_can_be_steered_by_factors_of_its_own():
     torch.testing.assert_close(both[0], model(x, scale=scale).logits[0])
     torch.testing.assert_close(both[1], model(x).logits[1])
     assert not torch.allclose(both[0], model(x).logits[0])
-
 
 def test_padding_has_no_logits_and_no_part_in_the_loss():
     model, (x, y) = tiny_gpt(vocab_size=61), tokens()
@@ -55,7 +51,6 @@ def test_padding_has_no_logits_and_no_part_in_the_loss():
     loss.backward()
     assert model.wte.weight.grad[61:].abs().max() == 0
 
-
 def test_blocks_in_pieces_equal_the_whole_forward():
     model, (x, _) = tiny_gpt(insert="concept"), tokens()
     h = model.forward_blocks(model.embed(x), 0, 1)
@@ -66,11 +61,9 @@ def test_blocks_in_pieces_equal_the_whole_forward():
     assert torch.equal(model.embed(x, positions=positions), model.embed(x))
     assert torch.equal(model.embed(x[:, 5:], past=5), model.embed(x)[:, 5:])
 
-
 def test_more_tokens_than_block_size_are_refused():
     with pytest.raises(AssertionError, match="17 tokens are more than block_size=16"):
         tiny_gpt()(torch.zeros(1, 17, dtype=torch.long))
-
 
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_the_hidden_state_is_predicted_by_the_chosen_distance_and_compressed(distance):
@@ -93,7 +86,6 @@ def test_the_hidden_state_is_predicted_by_the_chosen_distance_and_compressed(dis
             "cos": 1 - cosine}
     torch.testing.assert_close(loss, each[distance].mean())
 
-
 @pytest.mark.parametrize("settings, message", [
     (dict(n_embd=25), "n_embd=25 is not divisible by n_head=2"),
     (dict(vocab_size=70_000), "vocab_size=70000 is over 65536"),
@@ -109,7 +101,6 @@ def test_settings_that_contradict_each_other_are_named(settings, message):
         tiny_gpt(**settings)
     assert message in str(e.value)
 
-
 # -- initial weights -------------------------------------------------------------------------------
 
 def test_initial_weights_are_those_of_gpt2():
@@ -121,7 +112,6 @@ def test_initial_weights_are_those_of_gpt2():
     assert projection.std().item() == pytest.approx(0.02 / 16 ** 0.5, rel=0.05)
     assert mixer.pre_bias.abs().max() == 0 and mixer.predict.bias.abs().max() == 0
 
-
 def test_methods_start_from_the_same_shared_weights():
     states = []
     for insert in INSERTS:
@@ -132,7 +122,6 @@ def test_methods_start_from_the_same_shared_weights():
     for name, weight in states[0].items():
         assert all(torch.equal(state[name], weight) for state in states)
 
-
 # -- stored weights --------------------------------------------------------------------------------
 
 def test_weights_of_an_older_version_are_named():
@@ -140,7 +129,6 @@ def test_weights_of_an_older_version_are_named():
     state = {name.replace("mixer.", "inserted."): t for name, t in model.state_dict().items()}
     with pytest.raises(UserError, match="older version of this code.*train the run again"):
         load_model(dict(model_config=vars(model.config), model=state))
-
 
 def test_gpt2_weights_load_from_a_folder_in_the_hubs_layout(tmp_path):
     model, state = tiny_gpt(torch.float32, n_embd=128, vocab_size=61), {}
@@ -160,7 +148,6 @@ def test_gpt2_weights_load_from_a_folder_in_the_hubs_layout(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="not GPT-2's weights"):
         load_gpt(str(tmp_path))
-
 
 @pytest.mark.slow
 def test_gpt2_equals_transformers(tmp_path):

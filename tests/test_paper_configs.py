@@ -12,15 +12,12 @@ SIZES = {"69m": 69, "124m": None, "386m": 386, "1b": 1380}  # millions active in
 METHODS = ("ntp", "kd", "pause", "pause_kd", "cocomix")
 PATHS = [path for size in SIZES for path in sorted((ROOT / "config").glob(f"*_{size}.py"))]
 
-
 def parsed(name):
     return parse(bench.Config, [str(ROOT / "config" / f"{name}.py")])[0]
-
 
 @pytest.fixture(scope="module")
 def counted():
     return {path.stem: bench.count(path.stem, parsed(path.stem)) for path in PATHS}
-
 
 def test_every_method_has_every_size_with_the_papers_active_parameters(counted):
     names = {f"{method}_{size}" for method in METHODS for size in SIZES}
@@ -34,7 +31,6 @@ def test_every_method_has_every_size_with_the_papers_active_parameters(counted):
     assert counted["gpt2_124m"]["params"] == pytest.approx(124.44, abs=0.04)
     openwebmath = counted["cocomix_386m"] | dict(row="cocomix_openwebmath_386m")
     assert counted["cocomix_openwebmath_386m"] == openwebmath
-
 
 @pytest.mark.parametrize("size", SIZES)
 def test_methods_of_a_size_differ_only_in_the_method(size):
@@ -50,14 +46,12 @@ def test_methods_of_a_size_differ_only_in_the_method(size):
     mixers = ("pause", "pause_kd", "cocomix")
     assert len({configs[method]["insert_layer"] for method in mixers}) == 1
 
-
 def test_batches_and_learning_rates_are_the_papers():
     configs = [parsed(f"cocomix_{size}") for size in SIZES]
     tokens = [cfg.batch_size * cfg.block_size for cfg in configs]
     assert tokens == [2 ** 19, 2 ** 19, 2 ** 19, 2 ** 20]
     assert [cfg.learning_rate for cfg in configs] == [6e-4, 6e-4, 3e-4, 2e-4]
     assert [cfg.insert_layer for cfg in configs] == [3, 5, 5, 5]
-
 
 def test_concept_model_flops(counted):
     """Distillation costs the teacher's forward, labels also the gradient of its upper blocks."""
@@ -69,11 +63,9 @@ def test_concept_model_flops(counted):
     expected = forward + (forward - lower) + 2 * 768 * 32768 / 1e6
     assert counted["cocomix_69m"]["concept_flops"] == pytest.approx(expected)
 
-
 def test_the_table_of_configs_is_that_of_the_command(counted):
     table = (ROOT / "results/configs/table.md").read_text().strip()
     assert bench.table(counted.values(), bench.COUNTED) == table
-
 
 def test_hours_come_from_measured_tokens_per_second(tmp_path, monkeypatch):
     (tmp_path / "h200.jsonl").write_text('{"row": "ntp_69m", "tokens_per_s": 1000000.0}\n'

@@ -18,7 +18,6 @@ from conftest import run
 from support.bpe import train_bpe
 from support.tokens import ROOT, SPLIT_PATTERN, load_meta, load_tokenizer, load_tokens
 
-
 def script(name):
     """The module data/NAME/prepare.py."""
     spec = importlib.util.spec_from_file_location(f"prepare_{name}", ROOT / name / "prepare.py")
@@ -26,11 +25,9 @@ def script(name):
     spec.loader.exec_module(module)
     return module
 
-
 def decoded(folder, split):
     tokenizer = load_tokenizer(load_meta(folder)["tokenizer"])
     return tokenizer.decode(load_tokens(folder, split)[:].tolist())
-
 
 # -- BPE -------------------------------------------------------------------------------------------
 
@@ -39,7 +36,6 @@ def test_bpe_merges_the_most_frequent_pair_first():
     merges = [token for token, rank in sorted(ranks.items(), key=lambda i: i[1]) if rank >= 256]
     assert merges[:2] == [b"ab", b" ab"]  # 6 times (" a" 5 times), then 5 times
     assert merges[2:] == [b" abc", b" b", b" bc"]  # once each: byte order, until no pair is left
-
 
 def test_bpe_equals_the_plain_algorithm():
     """Recounting all pairs after each merge."""
@@ -64,7 +60,6 @@ def test_bpe_equals_the_plain_algorithm():
     ours = [token for token, rank in sorted(ranks.items(), key=lambda i: i[1]) if rank >= 256]
     assert ours == list(dict.fromkeys(plain))[:len(ours)] and len(ours) >= 55
 
-
 # -- data/stdlib -----------------------------------------------------------------------------------
 
 def test_stdlib_holds_out_whole_modules_and_a_second_call_does_nothing(tmp_path):
@@ -82,7 +77,6 @@ def test_stdlib_holds_out_whole_modules_and_a_second_call_does_nothing(tmp_path)
     assert status == 0 and "already prepared" in out
     assert (tmp_path / "train.bin").stat().st_mtime_ns == before
 
-
 @pytest.mark.parametrize("name, content", [
     ("train.bin", b"12"), pytest.param("meta.json", b"{", marks=pytest.mark.slow)])
 def test_a_damaged_stdlib_dataset_is_prepared_again(tmp_path, name, content):
@@ -93,23 +87,19 @@ def test_a_damaged_stdlib_dataset_is_prepared_again(tmp_path, name, content):
     assert status == 0 and "already prepared" not in out, err
     assert len(load_tokens(tmp_path, "train")) > 1_500_000
 
-
 # -- data/text -------------------------------------------------------------------------------------
 
 TEXTS = ["The first document.\nIt has two lines. ", "Ein zweites, größeres – mit Umlauten.",
          "A third   one\n\n\n with white space."] * 40
-
 
 def prepare_text(folder, *argv):
     """The command with files in `folder` and its output in `folder`/d."""
     argv = [arg.format(folder) for arg in argv]
     return run(script("text").main, *argv, f"--out={folder / 'd'}")
 
-
 def hundred_documents(path):
     lines = [json.dumps(dict(text=f"document {i}.")) + "\n" for i in range(100)]
     path.write_text("".join(lines))
-
 
 @pytest.mark.parametrize("suffix, opener", [("", open), (".gz", gzip.open), (".xz", lzma.open)])
 def test_text_files_of_every_kind(tmp_path, suffix, opener):
@@ -126,7 +116,6 @@ def test_text_files_of_every_kind(tmp_path, suffix, opener):
     assert decoded(tmp_path / "d", "val") == whole
     assert load_meta(tmp_path / "d")["vocab_size"] <= 400
 
-
 def test_a_long_text_is_cut_only_between_tokens(tmp_path):
     text = Path(argparse.__file__).read_text()
     (tmp_path / "long.txt").write_text(text)
@@ -138,14 +127,12 @@ def test_a_long_text_is_cut_only_between_tokens(tmp_path):
     expected = tokenizer.encode_ordinary(text) + [tokenizer.eot_token]
     assert load_tokens(tmp_path / "d", "train").tolist() == expected
 
-
 def test_without_val_every_20th_piece_is_held_out(tmp_path):
     hundred_documents(tmp_path / "a.jsonl")
     assert prepare_text(tmp_path, "--input={}/a.jsonl", "--tokenizer=stdlib")[0] == 0
     held_out = "".join(f"document {i}.<|endoftext|>" for i in range(19, 100, 20))
     assert decoded(tmp_path / "d", "val") == held_out
     assert decoded(tmp_path / "d", "train").count("<|endoftext|>") == 95
-
 
 def test_a_second_call_on_the_same_text_does_nothing_and_on_other_text_refuses(tmp_path):
     hundred_documents(tmp_path / "a.jsonl")
@@ -161,7 +148,6 @@ def test_a_second_call_on_the_same_text_does_nothing_and_on_other_text_refuses(t
     status, _, err = prepare_text(tmp_path, *command)
     assert status == 1 and "holds a dataset of other files or keys" in err
 
-
 def test_files_given_twice_add_up_and_odd_text_passes(tmp_path):
     """A byte-order mark, half a surrogate pair, a very long word and a very long run of spaces."""
     half = json.dumps(dict(text="half \ud83d a pair")).encode()
@@ -176,7 +162,6 @@ def test_files_given_twice_add_up_and_odd_text_passes(tmp_path):
     assert status == 0, err
     expected = f"half \ufffd a pair<|endoftext|>{long}<|endoftext|>"
     assert decoded(tmp_path / "d", "train") == expected
-
 
 @pytest.mark.slow
 def test_memory_use_does_not_grow_with_the_input(tmp_path):

@@ -21,7 +21,6 @@ hypothesis.settings.register_profile(
                            hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("quick")
 
-
 # -- command lines and config files ----------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -35,7 +34,6 @@ class Example:
     text: str = key("", "text")
     many: tuple[str, ...] = key((), "texts")
 
-
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 values = st.fixed_dictionaries(dict(
     number=st.integers(-10**9, 10**9), maybe=st.none() | st.integers(),
@@ -43,13 +41,11 @@ values = st.fixed_dictionaries(dict(
     choice=st.sampled_from(["one", "two", "three"]), size=st.just("auto") | st.integers(1, 10**18),
     text=texts, many=st.lists(texts, min_size=1, max_size=4).map(tuple)))
 
-
 @given(values)
 def test_any_value_of_a_config_is_read_from_the_command_line(expected):
     argv = [f"--{name}={value}" for name, value in expected.items() if name != "many"]
     argv += [f"--many={value}" for value in expected["many"]]
     assert parse(Example, argv) == (Example(**expected), [])
-
 
 @given(values)
 def test_any_value_of_a_config_is_read_from_a_file(tmp_path, expected):
@@ -58,12 +54,10 @@ def test_any_value_of_a_config_is_read_from_a_file(tmp_path, expected):
     path.write_text("".join(lines), encoding="utf-8")
     assert parse(Example, [str(path)]) == (Example(**expected), [])
 
-
 names = st.sampled_from([*Example.__dataclass_fields__, "method", "n_layer", "debug", "", "="])
 assignments = st.tuples(names, texts).map(lambda pair: f"--{pair[0]}={pair[1]}")
 arguments = st.lists(st.one_of(texts, names.map("--{}".format), assignments,
                                st.integers().map(str), st.floats().map(str)), max_size=6)
-
 
 @given(st.sampled_from([Example, train.Config]), arguments)
 def test_no_command_line_gives_a_traceback(cls, argv):
@@ -75,11 +69,9 @@ def test_no_command_line_gives_a_traceback(cls, argv):
     else:
         assert isinstance(cfg, cls) and set(rest) <= set(argv)
 
-
 plain = st.none() | st.booleans() | st.integers() | st.floats() | texts | st.binary(max_size=4)
 nested = st.lists(plain, max_size=3) | st.dictionaries(texts, plain, max_size=2)
 contents = st.dictionaries(names.filter(str.isidentifier), plain | nested, max_size=4)
-
 
 @given(contents)
 def test_no_config_file_of_plain_values_gives_a_traceback(tmp_path, content):
@@ -92,12 +84,10 @@ def test_no_config_file_of_plain_values_gives_a_traceback(tmp_path, content):
     except UserError as e:
         assert str(path) in str(e)
 
-
 # -- datasets --------------------------------------------------------------------------------------
 
 BYTES = tiktoken.Encoding("bytes", pat_str=SPLIT_PATTERN, special_tokens={END_OF_TEXT: 256},
                           mergeable_ranks={bytes([b]): b for b in range(256)})
-
 
 @given(st.lists(st.tuples(texts, st.booleans()), max_size=8))
 def test_what_is_written_is_read_again(tmp_path, pieces):
@@ -108,7 +98,6 @@ def test_what_is_written_is_read_again(tmp_path, pieces):
     assert len(tokens) == n == sum(len(text.encode()) + ends for text, ends in pieces)
     assert BYTES.decode(tokens) == "".join(text + END_OF_TEXT * ends for text, ends in pieces)
 
-
 @given(st.binary(max_size=64), st.integers(-1, 40))
 def test_a_file_that_does_not_fit_its_meta_is_refused(tmp_path, content, expected):
     (tmp_path / "train.bin").write_bytes(content)
@@ -118,7 +107,6 @@ def test_a_file_that_does_not_fit_its_meta_is_refused(tmp_path, content, expecte
     else:
         with pytest.raises(UserError, match="train.bin"):
             load_tokens(tmp_path, "train")
-
 
 @given(st.integers(1, 9), st.integers(0, 60), st.integers(1, 3), st.integers(1, 3),
        st.integers(0, 5), st.booleans())
@@ -144,14 +132,12 @@ def test_an_epoch_has_every_block_once_and_the_processes_share_it(
     assert (y == x + 1).all() and x.shape == (rows, block)
     assert x[:, 0].tolist() == parts[-1].starts(steps - 1).tolist()
 
-
 @given(st.integers(2, 200), st.integers(1, 9), st.integers(1, 4))
 def test_in_sequence_every_token_but_the_first_is_a_target_once(n, block, rows):
     pairs = list(sequential(np.arange(n, dtype=np.uint16), block, rows, n))
     assert np.concatenate([y.flatten() for _, y in pairs]).tolist() == list(range(1, n))
     for x, y in pairs:
         assert (y == x + 1).all() and x.shape[0] <= rows and x.shape[1] <= block
-
 
 @given(st.integers(2, 50), st.integers(0, 70_000))
 def test_a_token_beyond_the_vocabulary_is_refused(n, token):

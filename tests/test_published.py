@@ -26,11 +26,9 @@ from support.published import fetch_sae, find_weights, read_gpt2, read_sae, sae_
 
 ROOT = Path(train.__file__).resolve().parent
 
-
 def zeros(*shape):
     """Zeros that take no space in a file."""
     return torch.zeros(1).expand(shape)
-
 
 def published_sae(n_concepts=32768, d=768):
     return {"pre_bias": zeros(d), "encoder.weight": zeros(n_concepts, d),
@@ -39,7 +37,6 @@ def published_sae(n_concepts=32768, d=768):
             "latents_activation_frequency": zeros(n_concepts),
             "latents_mean_square": zeros(n_concepts),
             "activation": "TopK", "activation_state_dict": {"k": 32, "postact_fn": "ReLU"}}
-
 
 def gpt2_weights(n_layer=12, d=768):
     """With the names and shapes of the hub's pytorch_model.bin, mask buffers included."""
@@ -55,7 +52,6 @@ def gpt2_weights(n_layer=12, d=768):
             state[f"h.{i}.{name}"] = zeros(d)
     return state
 
-
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """Empty caches of our own and of the hub's client."""
@@ -64,14 +60,12 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path
 
-
 @pytest.fixture
 def offline(monkeypatch):
     def refused(*_, **__):
         raise OSError(errno.ENETUNREACH, "Network is unreachable")
     monkeypatch.setattr(socket.socket, "connect", refused)
     monkeypatch.setattr(socket, "getaddrinfo", refused)
-
 
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Serves a folder. Of 8.pt it announces a wrong MD5; 9.pt breaks off."""
@@ -92,7 +86,6 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         content = source.read()
         outputfile.write(content[:-1] if self.path.startswith("/9") else content)
 
-
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A folder that a local server offers as the place of the published SAEs: LAYER.pt."""
@@ -107,7 +100,6 @@ def server(tmp_path, monkeypatch):
         running.shutdown()
         thread.join()
 
-
 def in_hub_cache(root, content):
     """Fill the hub's cache as its client does: a reference, and the files of that commit."""
     folder = root / "hub" / "models--openai-community--gpt2"
@@ -116,7 +108,6 @@ def in_hub_cache(root, content):
     (folder / "refs/main").write_text("abc")
     torch.save(content, folder / "snapshots/abc/pytorch_model.bin")
     return folder / "snapshots/abc/pytorch_model.bin"
-
 
 # -- the SAE ---------------------------------------------------------------------------------------
 
@@ -128,7 +119,6 @@ def test_the_published_sae_is_fetched_with_a_bar_checked_and_kept(cache, server,
     (server / "3.pt").unlink()
     sae = load_sae("openai", 3, 768)  # from the cache
     assert sae.encoder.shape == (32768, 768) and sae.k == 32
-
 
 @pytest.mark.parametrize("content, message", [
     (published_sae(n_concepts=1024), "an SAE of shape (1024, 768); (32768, 768) was expected"),
@@ -148,14 +138,12 @@ def test_a_wrong_file_is_refused_and_nothing_stays(cache, server, content, messa
     if content is None:
         e.value.__cause__.close()  # the 404 page: a command closes it when it ends
 
-
 @pytest.mark.parametrize("layer, message", [(9, "bytes arrived"), (8, "MD5 is not the one")])
 def test_a_damaged_download_is_refused(cache, server, layer, message):
     torch.save(published_sae(), server / f"{layer}.pt")
     with pytest.raises(UserError, match=f"the SAE can't be fetched .*{message}.* by hand as "):
         fetch_sae("openai", layer)
     assert not list((cache / "cache").iterdir())
-
 
 def test_only_the_twelve_layers_of_gpt2_are_published(cache, offline):
     with pytest.raises(UserError, match="concept_layer=12 is not from 0 to 11"):
@@ -167,7 +155,6 @@ def test_only_the_twelve_layers_of_gpt2_are_published(cache, offline):
         assert "run python concepts.py --download where there is a network" in str(e.value)
         assert f"{file} here by hand as {cache}/cache/sae-{name}-layer11.pt" in str(e.value)
 
-
 def test_an_sae_is_written_in_the_published_layout_and_read_again():
     sae = SAE(24, 48, 6)
     content = sae_file(sae)
@@ -175,7 +162,6 @@ def test_an_sae_is_written_in_the_published_layout_and_read_again():
     state, k = read_sae(content, "a.pt")
     assert k == 6 and state.keys() == sae.state_dict().keys()
     assert all(torch.equal(state[name], t) for name, t in sae.state_dict().items())
-
 
 @pytest.mark.parametrize("change, message", [
     ({"pre_bias": zeros(23)}, "pre_bias has the shape"), ({"decoder.weight": 3}, "not an SAE"),
@@ -185,7 +171,6 @@ def test_an_sae_is_written_in_the_published_layout_and_read_again():
 def test_an_sae_that_cannot_be_used_is_refused(change, message):
     with pytest.raises(UserError, match=f"a.pt.*{message}"):
         read_sae(sae_file(SAE(24, 48, 6)) | change, "a.pt")
-
 
 def test_download_fetches_both_and_prints_their_paths(cache, server):
     gpt2 = in_hub_cache(cache, {})
@@ -198,7 +183,6 @@ def test_download_fetches_both_and_prints_their_paths(cache, server):
     assert "layer7.pt" in run(concepts.main, "--download", "--concept_layer=7")[1]
     status, _, err = run(concepts.main, "--download", "--sae=out/sae")
     assert status == 1 and "openai or openai_128k" in err
-
 
 @pytest.mark.slow
 def test_unprepared_and_offline_the_next_command_is_named_in_one_line(
@@ -241,7 +225,6 @@ def test_unprepared_and_offline_the_next_command_is_named_in_one_line(
     monkeypatch.setattr(train, "GPT", start)
     assert "here it would train" in message() and started[0].n_concepts == 32768
 
-
 # -- GPT-2 -----------------------------------------------------------------------------------------
 
 @pytest.mark.slow
@@ -262,7 +245,6 @@ def test_gpt2_124m_loads_from_every_kind_of_file(tmp_path, kind):
     loaded = sum(t.numel() for name, t in weights.items() if not name.endswith(".attn.bias"))
     assert num_params(gpt) == loaded + 47 * 768
 
-
 def test_where_the_weights_of_a_name_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(published, "fetch_gpt2", lambda: Path("fetched.bin"))
@@ -274,7 +256,6 @@ def test_where_the_weights_of_a_name_are(tmp_path, monkeypatch):
     assert find_weights("gpt2") is None
     (tmp_path / "gpt2/model.safetensors").touch()
     assert find_weights("gpt2") == Path("gpt2/model.safetensors")
-
 
 @pytest.mark.parametrize("state", [
     {}, [1], {"wte.weight": zeros(100, 64)}, {"wte.weight": zeros(100, 60)}, {"wte.weight": 3},

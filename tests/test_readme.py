@@ -34,7 +34,6 @@ DEMO = {f"out/stdlib/{name}" for name in ("gpt", "sae", "ntp", "cocomix")}  # bu
 OTHER_KEYS = {"debug", "help", "standalone", "nproc_per_node"}  # of every script; of torchrun
 page_by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
-
 def fences(page):
     """The content of every ``` block without a language or with bash, in order."""
     blocks, lines, kind = [], [], None
@@ -50,13 +49,11 @@ def fences(page):
     assert kind is None, "a ``` that is not closed"
     return blocks
 
-
 # -- files, links, keys ----------------------------------------------------------------------------
 
 def shown(page):
     """[(file, what the page shows of it)]"""
     return re.findall(r"<!-- from (\S+) -->\n(.*?)\n<!-- end -->", page.read_text(), re.S)
-
 
 @page_by_page
 def test_what_is_shown_of_a_file_is_its_content(page):
@@ -65,17 +62,14 @@ def test_what_is_shown_of_a_file_is_its_content(page):
         text = re.sub(r"^```\w*\n|\n```$", "", text)
         assert text.strip() == (ROOT / file).read_text().strip(), file
 
-
 def test_results_are_shown():
     assert sum(len(shown(page)) for page in PAGES) >= 5
-
 
 def anchors(page):
     """GitHub's anchors of a page's headings."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
     headings = re.findall(r"^#+ (.*)", text, re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
 
 @page_by_page
 def test_links_lead_to_files_and_headings(page):
@@ -86,7 +80,6 @@ def test_links_lead_to_files_and_headings(page):
             assert path.exists(), link
             assert not anchor or anchor in anchors(path), link
 
-
 @page_by_page
 def test_files_that_are_named_exist(page):
     """Such as `config/gpt2_124m.py`, but not data/mine/… or names in capitals: data/NAME/…."""
@@ -96,14 +89,12 @@ def test_files_that_are_named_exist(page):
         placeholder = re.search(r"/[A-Z]+\b(?!\.md)", name) or name.startswith("data/mine")
         assert placeholder or (ROOT / name).exists(), name
 
-
 @page_by_page
 def test_keys_that_are_named_exist(page):
     known = {f.name for cls in CONFIGS.values() for f in fields(cls)} | OTHER_KEYS
     known |= {"nnodes", "rdzv_backend", "rdzv_endpoint"}
     named = re.findall(r"(?<![\w-])--([a-z]\w*)", page.read_text())
     assert set(named) <= known, set(named) - known
-
 
 # -- commands --------------------------------------------------------------------------------------
 
@@ -114,14 +105,12 @@ make() { echo "make"$'\\x1f'"$*"; }
 PATH=
 """
 
-
 def commands(page):
     """The arguments of every command in a page's blocks, as bash expands loops, globs, braces."""
     blocks = [block for block in fences(page) if re.match(r"(python|torchrun|make|for|#) ", block)]
     out = subprocess.run(["bash", "-ec", STUBS + "\n".join(blocks)], capture_output=True, text=True,
                          check=True, cwd=ROOT).stdout
     return [line.split("\x1f") for line in out.splitlines()]
-
 
 def check_command(name, argv, built):
     """Its script takes the arguments, and the runs that it reads are in `built`; adds its own."""
@@ -135,7 +124,6 @@ def check_command(name, argv, built):
     if name in ("train.py", "sae.py"):
         built.add(cfg.out_dir)
 
-
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 @page_by_page
 def test_every_command_is_one_that_its_script_takes(page):
@@ -146,13 +134,11 @@ def test_every_command_is_one_that_its_script_takes(page):
         else:
             check_command(name, argv, built)
 
-
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_commands_are_shown():
     seen = [name for page in PAGES for name, *_ in commands(page) if name != "make"]
     assert len(seen) > 40 and set(seen) >= {"train.py", "sae.py", "concepts.py", "sample.py",
                                             "eval.py"}
-
 
 @pytest.mark.parametrize("command, problem", [
     ("train.py config/stdlib_npt.py", "no config file"), ("eval.py out/x", "eval.py"),

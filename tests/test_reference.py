@@ -14,7 +14,6 @@ from support.reference import step_losses
 VARIANTS = [("none", "interleave")] + [(insert, mix) for insert in INSERTS for mix in MIXES
                                        if insert != "none" and (insert, mix) != ("pause", "none")]
 
-
 # -- the reference and the official code -----------------------------------------------------------
 
 def test_reference_sae_and_attribution_are_the_official_ones():
@@ -30,14 +29,12 @@ def test_reference_sae_and_attribution_are_the_official_ones():
     close(a, "concept_model/attribution", atol=3e-8, rtol=1e-4)
     check_labels(reference.choose_labels(a), LABELS, COMPARABLE)
 
-
 def test_reference_attribution_from_tokens_is_the_official_one():
     """On the 23 positions per row that have a target."""
     teacher = concept_model()
     a = reference.concept_attribution(teacher.gpt, teacher.sae, teacher.layer, X[:, :-1], X[:, 1:])
     expected = golden("concept_model/attribution")[:, :-1]
     torch.testing.assert_close(a, expected, atol=3e-8, rtol=1e-4)
-
 
 def test_reference_logits_losses_and_gradients_are_the_official_ones():
     model = cocomix()
@@ -51,18 +48,15 @@ def test_reference_logits_losses_and_gradients_are_the_official_ones():
     (loss + 0.1 * concept).backward()
     check_gradients(model)
 
-
 # -- the fast code and the reference ---------------------------------------------------------------
 
 def tokens(B=2, T=12):
     return torch.randint(61, (B, T)), torch.randint(61, (B, T))
 
-
 def random_labels(insert):
     if insert == "concept":
         return torch.randint(40, (2, 12, 4))
     return torch.randn(2, 12, 20, dtype=torch.float64) if insert == "hidden" else None
-
 
 def check_same_gradients(model, ours, expected):
     parameters = dict(model.named_parameters())
@@ -70,7 +64,6 @@ def check_same_gradients(model, ours, expected):
                                           allow_unused=True) for loss in (ours, expected))
     for name, a, b in zip(parameters, ours, expected, strict=True):
         torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
-
 
 @pytest.mark.parametrize("insert, mix", VARIANTS)
 @pytest.mark.parametrize("bias", [True, False])
@@ -87,7 +80,6 @@ def test_forward_and_gradients_equal_the_reference(insert, mix, bias):
     torch.testing.assert_close(out.concept_loss, concept)
     check_same_gradients(model, out.loss + 0.3 * out.concept_loss, loss + 0.3 * concept)
 
-
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_hidden_state_losses_equal_the_reference(distance):
     model, (x, y) = tiny_gpt(insert="hidden", distance=distance), tokens()
@@ -98,14 +90,12 @@ def test_hidden_state_losses_equal_the_reference(distance):
     check_same_gradients(model, out.loss + out.concept_loss,
                          reference.next_token_loss(logits, y) + concept)
 
-
 def test_steering_scales_the_logits_before_topk():
     model, (x, _) = tiny_gpt(insert="concept"), tokens()
     scale = torch.ones(40, dtype=torch.float64)
     scale[[3, 17]] = torch.tensor([-8.0, 5.0], dtype=torch.float64)
     expected = reference.forward(model, x, scale=scale)[0]
     torch.testing.assert_close(model(x, scale=scale).logits, expected)
-
 
 def teacher_with_many_concepts(**choices):
     """So many active concepts that four of them raise the loss at every position."""
@@ -114,7 +104,6 @@ def teacher_with_many_concepts(**choices):
     torch.nn.init.normal_(sae.pre_bias, std=0.1)
     torch.nn.init.normal_(sae.latent_bias, mean=3, std=0.1)
     return ConceptModel(gpt, sae, 1, **choices)
-
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_whole_step_equals_the_reference(mix):
@@ -130,7 +119,6 @@ def test_a_whole_step_equals_the_reference(mix):
     torch.testing.assert_close(out.concept_loss, step.concept)
     check_same_gradients(model, out.loss + 0.3 * out.concept_loss, step.total)
 
-
 def test_the_paper_s_attribution_lets_all_concepts_compete():
     """Eq. 1: c_pre in place of c."""
     teacher, (x, y) = teacher_with_many_concepts(attribution="paper"), tokens()
@@ -141,7 +129,6 @@ def test_the_paper_s_attribution_lets_all_concepts_compete():
     c_pre = reference.sae_preactivations(sae, reference.normalize(h)[0])
     expected = reference.choose_labels(reference.attribution(sae, c_pre, grad))
     assert torch.equal(teacher.labels(x, y), expected)
-
 
 def test_the_reference_is_not_frozen_where_the_official_code_is_not():
     """Weights that require gradients accumulate them, and the attributions keep their graph."""

@@ -18,7 +18,6 @@ from support.tokens import Batches, load_tokenizer, tokens_of_run
 
 CPU = torch.device("cpu")
 
-
 @pytest.fixture(scope="module")
 def cocomix(chain, tmp_path_factory):
     """A copy of the tiny CoCoMix run, and its index over 4,000 training tokens."""
@@ -28,7 +27,6 @@ def cocomix(chain, tmp_path_factory):
     model, concept_model = load_model(content), concepts.concept_model_of_run(content, CPU)
     index = index_of_run(folder / "ckpt.pt", content, model, concept_model, CPU, 4000)
     return folder, content, model, concept_model, index
-
 
 class Page(html.parser.HTMLParser):
     """What a page links to, and the text of its scripts."""
@@ -50,7 +48,6 @@ class Page(html.parser.HTMLParser):
     def handle_data(self, text):
         if self.open and self.open[-1] == "script":
             self.scripts[-1] += text
-
 
 def test_the_report_is_one_file_with_the_whole_index(cocomix):
     folder, content, model, concept_model, index = cocomix
@@ -76,7 +73,6 @@ def test_the_report_is_one_file_with_the_whole_index(cocomix):
     found = [[[i for i, _ in pairs] for _, pairs, _ in passage] for passage in passages]
     assert found == predicted.tolist()
 
-
 def test_no_text_in_the_data_ends_the_reports_script(cocomix, tmp_path):
     *_, index = cocomix
     nasty = '</script><img src="http://x/" onerror="alert(1)">\ud800 \u2028 ]]> <!-- <script>'
@@ -86,7 +82,6 @@ def test_no_text_in_the_data_ends_the_reports_script(cocomix, tmp_path):
     assert len(page.scripts) == 2 and page.links == ["#/", "#/read"]
     next_tokens = json.loads(page.scripts[0])["entries"][0]["next"]
     assert next_tokens[0][0] == nasty.replace("\ud800", "?")
-
 
 def test_the_table_and_find_in_the_terminal(cocomix):
     folder, *_, index = cocomix
@@ -102,9 +97,7 @@ def test_the_table_and_find_in_the_terminal(cocomix):
     assert status == 0 and str(concept) in [row.split()[0] for row in rows], out
     assert "report" not in out
 
-
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-
 
 @pytest.mark.slow
 @pytest.mark.skipif(not BROWSER, reason="needs Chromium")

@@ -22,21 +22,17 @@ from support.log import Log, SpikeDetector, read_log
 
 ROOT = Path(train.__file__).resolve().parent
 
-
 def argv(dataset, out, *more):
     return [*TINY, f"--dataset={dataset}", f"--out_dir={out}", *more]
-
 
 def sae_argv(chain, dataset, out, *more):
     return [f"--concept_model={chain['gpt']}", f"--dataset={dataset}", f"--out_dir={out}",
             "--concept_layer=1", "--n_concepts=48", "--k=6", "--batch_size=64", "--device=cpu",
             *more]
 
-
 def train_a_run(*argv):
     status, _, err = run(train.main, *argv)
     assert status == 0, err
-
 
 # -- numbers ---------------------------------------------------------------------------------------
 
@@ -53,7 +49,6 @@ def in_training_call(monkeypatch, number, change):
         return losses
     monkeypatch.setattr(train, "step_losses", changed)
 
-
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_is_named_by_its_step_and_the_checkpoint_is_kept(
         dataset, tmp_path, monkeypatch, value):
@@ -65,7 +60,6 @@ def test_a_gradient_that_is_not_finite_is_named_by_its_step_and_the_checkpoint_i
     assert f"the last good checkpoint is {tmp_path / 'ckpt.pt'}" in err
     content = load_checkpoint(tmp_path)
     assert content["step"] == 4 and all(t.isfinite().all() for t in content["model"].values())
-
 
 def test_weights_that_are_not_finite_are_not_saved(dataset, tmp_path, monkeypatch):
     """Even where no loss shows them: the embedding of a token that is only padding."""
@@ -79,7 +73,6 @@ def test_weights_that_are_not_finite_are_not_saved(dataset, tmp_path, monkeypatc
     status, _, err = run(train.main, *argv(dataset, tmp_path))
     assert status == 1 and "the weight wte.weight is inf at step 4" in err
     assert load_checkpoint(tmp_path)["step"] == 0
-
 
 def test_an_sae_whose_loss_is_not_finite_stops_at_the_step(chain, dataset, tmp_path, monkeypatch):
     keep, calls = sae.losses, []
@@ -95,7 +88,6 @@ def test_an_sae_whose_loss_is_not_finite_stops_at_the_step(chain, dataset, tmp_p
     assert load_checkpoint(tmp_path / "sae_ckpt.pt", ("sae", "step"))["step"] == 0
     assert not (tmp_path / "sae.pt").exists()
 
-
 def test_a_loss_that_jumps_warns_and_one_that_falls_or_fluctuates_does_not(capsys):
     spikes, rng = SpikeDetector(), random.Random(0)
     for step in range(1, 400):
@@ -108,7 +100,6 @@ def test_a_loss_that_jumps_warns_and_one_that_falls_or_fluctuates_does_not(capsy
     spikes.update("loss", 3.0, 401, "do less")
     assert capsys.readouterr().err == ""
 
-
 def test_a_run_whose_loss_jumps_warns_once_in_a_line_and_continues(dataset, tmp_path, monkeypatch):
     in_training_call(monkeypatch, 30,
                      lambda losses: losses._replace(next_token=losses.next_token + 9))
@@ -117,7 +108,6 @@ def test_a_run_whose_loss_jumps_warns_once_in_a_line_and_continues(dataset, tmp_
     warned, = [line for line in err.replace("\r", "\n").splitlines() if "warning" in line]
     assert status == 0 and warned.startswith("warning: the loss 1")
     assert "at step 30 is far above" in warned and "below 0.001" in warned
-
 
 # -- files -----------------------------------------------------------------------------------------
 
@@ -140,7 +130,6 @@ def test_any_flipped_bit_of_a_checkpoint_is_detected_or_harmless(chain, tmp_path
         with pytest.raises(UserError, match="cut short, damaged"):
             load_checkpoint(tmp_path)
 
-
 @pytest.mark.parametrize("script", ["train", "sae"])
 def test_a_run_that_cannot_save_does_not_change_the_folder_of_an_older_one(
         chain, dataset, tmp_path, monkeypatch, script):
@@ -162,7 +151,6 @@ def test_a_run_that_cannot_save_does_not_change_the_folder_of_an_older_one(
     assert "can't be written (No space left on device); what was there before is kept" in err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
-
 def test_two_processes_do_not_train_in_one_folder(dataset, tmp_path):
     held = Log(tmp_path / "log.jsonl")
     status, _, err = run(train.main, *argv(dataset, tmp_path))
@@ -171,14 +159,12 @@ def test_two_processes_do_not_train_in_one_folder(dataset, tmp_path):
     del held
     train_a_run(*argv(dataset, tmp_path))
 
-
 def test_a_log_with_damaged_lines_is_read_without_them(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"step": 1}\n[3]\n7\n\xff\xfe\n{"step": 2, "loss": 0.5}\n{"step": 3, "lo')
     assert read_log(path) == [{"step": 1}, {"step": 2, "loss": 0.5}]
     Log(path, 1).write(dict(step=2, loss=0.25))
     assert path.read_text() == '{"step": 1}\n{"step": 2, "loss": 0.25}\n'
-
 
 def test_nothing_is_unpickled_or_evaluated():
     """Loads are weights_only, and no text is run as code but config files."""
@@ -190,7 +176,6 @@ def test_nothing_is_unpickled_or_evaluated():
         text = path.read_text()
         assert text.count("torch.load(") == text.count("weights_only=True"), path
         assert not [word for word in banned if word in text], path
-
 
 # -- the same again --------------------------------------------------------------------------------
 
@@ -205,7 +190,6 @@ def test_two_runs_of_one_seed_are_equal_bit_for_bit(chain, dataset, tmp_path, me
     train_a_run(*argv(dataset, tmp_path / "other", *keys, "--seed=2"))
     logs = [crash.without_times(tmp_path / name / "log.jsonl") for name in ("other", "again")]
     assert logs[0] != logs[1]
-
 
 SOAK = """
 import json, os, sys, time
@@ -229,7 +213,6 @@ except SystemExit as e:
     assert not e.code, e.code
 print(json.dumps(stats))
 """
-
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to read memory")

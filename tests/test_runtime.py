@@ -19,12 +19,10 @@ from support.log import Log, read_log
 
 ROOT = Path(runtime.__file__).resolve().parents[1]
 
-
 def raises(error):
     def main(argv):
         raise error
     return main
-
 
 @pytest.mark.parametrize("error, line", [
     (UserError("k=3 is\n too  many; use --k=2"), "error: k=3 is too many; use --k=2"),
@@ -39,12 +37,10 @@ def test_an_error_the_user_can_fix_is_one_line(error, line):
     with pytest.raises(type(error)):
         run(raises(error), "--debug")
 
-
 @pytest.mark.parametrize("error", [RuntimeError("shapes"), AssertionError(), ValueError("bug")])
 def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)):
         run(raises(error))
-
 
 def test_the_exit_status_of_a_command():
     assert run(lambda argv: None)[0] == 0 and run(lambda argv: 3)[0] == 3
@@ -52,7 +48,6 @@ def test_the_exit_status_of_a_command():
     with pytest.raises(UserError, match="the loss is nan at step 3: not finite; do less"):
         check_finite("the loss", math.nan, 3, "do less")
     check_finite("the loss", 1.0, 3, "do less")
-
 
 @pytest.mark.parametrize("set_by_user, expected", [
     ({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")])
@@ -64,12 +59,10 @@ def test_idle_openmp_threads_spin_for_a_short_time_only(set_by_user, expected):
                              capture_output=True, text=True)
     assert process.stdout.strip() == expected, process.stderr
 
-
 def test_a_rank_that_is_not_a_number_is_one_line():
     process = subprocess.run([sys.executable, "-c", "import support.runtime"], cwd=ROOT,
                              env=os.environ | {"RANK": "one"}, capture_output=True, text=True)
     assert process.returncode == 1 and process.stderr.startswith("error: RANK='one': expected a ")
-
 
 def test_without_a_terminal_the_bar_writes_a_line_every_ten_seconds(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
@@ -81,7 +74,6 @@ def test_without_a_terminal_the_bar_writes_a_line_every_ten_seconds(monkeypatch)
     assert bar.mininterval == 10 and len(lines) == 2
     assert "100%" in lines[1] and "loss 99" in lines[1]
 
-
 def test_signals_are_kept_until_the_loop_reads_them(capsys):
     before = signal.getsignal(signal.SIGTERM)
     with Stop() as stop:
@@ -92,7 +84,6 @@ def test_signals_are_kept_until_the_loop_reads_them(capsys):
     assert signal.getsignal(signal.SIGTERM) is before
     assert capsys.readouterr().err == ("\nstopped by SIGTERM at step 5; saved in out/ckpt.pt; "
                                        "--resume continues from there\n")
-
 
 # -- the log ---------------------------------------------------------------------------------------
 
@@ -109,7 +100,6 @@ def test_a_new_log_replaces_the_old_one_only_when_it_begins(tmp_path):
                                 '{"step": 1, "loss": 2}\n')
     assert [step for step, _ in sent] == [0, 1] and list(tmp_path.iterdir()) == [path]
 
-
 def test_a_resumed_log_drops_the_lines_after_its_step(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps(dict(step=step)) + "\n" for step in range(6)))
@@ -119,7 +109,6 @@ def test_a_resumed_log_drops_the_lines_after_its_step(tmp_path):
         Log(path, 3)
     del log
     assert not Log(path, 3).empty
-
 
 # -- files -----------------------------------------------------------------------------------------
 
@@ -138,7 +127,6 @@ def test_a_file_is_written_completely_or_not_at_all(tmp_path):
         with atomic_write(tmp_path / "a"):
             pass
     assert path.read_bytes() == b"old" and [p.name for p in path.parent.iterdir()] == ["file"]
-
 
 def test_hashes_and_seeds():
     assert fingerprint(b"ab", b"c") != fingerprint(b"a", b"bc") and len(fingerprint(b"")) == 16

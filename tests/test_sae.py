@@ -24,16 +24,13 @@ from support.tokens import load_tokens, sequential
 
 CPU = torch.device("cpu")
 
-
 def normal(*shape):
     return torch.randn(*shape, dtype=torch.float64)
-
 
 def make(d=12, C=30, k=4):
     sae = SAE(d, C, k).double()
     initialize(sae, normal(400, d), torch.Generator().manual_seed(0))
     return sae
-
 
 # -- losses and steps ------------------------------------------------------------------------------
 
@@ -62,7 +59,6 @@ def test_losses_and_gradients_equal_the_dense_formulas(k_aux, n_dead):
     assert losses(sae, x, torch.zeros_like(dead), k_aux)[1] == 0
     assert losses(sae, x, dead, 0)[1] == 0
 
-
 class Sizes(TorchDispatchMode):
     """`with Sizes(sizes)`: appends the size of every tensor that an operation returns."""
     def __init__(self, sizes):
@@ -74,7 +70,6 @@ class Sizes(TorchDispatchMode):
         several = out if isinstance(out, (tuple, list)) else [out]
         self.sizes += [t.numel() for t in several if torch.is_tensor(t)]
         return out
-
 
 def test_the_backward_keeps_and_computes_no_dense_tensor():
     N, C = 600, 512
@@ -90,13 +85,11 @@ def test_the_backward_keeps_and_computes_no_dense_tensor():
         (fvu + aux).backward()
     assert max(sizes) < N * C / 2 and sae.encoder.grad is not None
 
-
 def test_reconstruction_restores_mean_and_scale():
     sae, h = make(), 3 + 5 * normal(20, 12)
     x, mean, std = reference.normalize(h)
     expected = reference.sae_decode(sae, reference.sae_encode(sae, x), mean, std)
     torch.testing.assert_close(sae(h)[0], expected)
-
 
 def test_initialization():
     sae = make(d=32, C=256, k=8)
@@ -106,7 +99,6 @@ def test_initialization():
     back = sae.decode(sae.encode(unit + sae.pre_bias)) - sae.pre_bias
     assert back.norm(dim=1).mean().item() == pytest.approx(1, abs=0.1)
 
-
 def test_geometric_median_has_the_smallest_summed_distance():
     x = torch.cat((normal(99, 3), torch.full((20, 3), 50.0, dtype=torch.float64)))
     point = geometric_median(x, 1000)
@@ -115,7 +107,6 @@ def test_geometric_median_has_the_smallest_summed_distance():
         return (x - p).norm(dim=1).sum()
     assert all(total(point) <= total(point + 0.01 * normal(3)) for _ in range(50))
     assert point.norm() < 1 < x.mean(0).norm()
-
 
 def test_a_step_moves_directions_only_across_themselves_and_keeps_them_at_unit_norm():
     """Plain gradient descent, whose step is the gradient itself."""
@@ -128,7 +119,6 @@ def test_a_step_moves_directions_only_across_themselves_and_keeps_them_at_unit_n
     assert (sae.decoder.grad * before).sum(1).abs().max() < 1e-12
     torch.testing.assert_close(sae.decoder.grad, across)
     torch.testing.assert_close(sae.decoder.detach(), F.normalize(before - 0.1 * across, dim=1))
-
 
 def test_a_step_counts_how_often_and_how_strongly_latents_fire():
     sae, cfg = make(), Config(k_aux=0)
@@ -147,11 +137,9 @@ def test_a_step_counts_how_often_and_how_strongly_latents_fire():
     expected = torch.where(last, 0, torch.where(first, 5, 17))
     assert torch.equal(sae.since_active, expected) and len(expected.unique()) == 3
 
-
 def test_variance_share_is_one_for_the_mean():
     x = torch.randn(100, 5)
     assert variance_share(x - x.mean(0), x).item() == pytest.approx(1)
-
 
 # -- files -----------------------------------------------------------------------------------------
 
@@ -170,7 +158,6 @@ def test_a_file_in_the_published_layout_is_written_and_read(tmp_path):
     assert torch.equal(again(h)[0], sae(h)[0]) and torch.equal(again.frequency, sae.frequency)
     assert not any(p.requires_grad for p in again.parameters())
 
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_reconstructions_equal_those_of_eai_sparsify(monkeypatch):
@@ -186,7 +173,6 @@ def test_reconstructions_equal_those_of_eai_sparsify(monkeypatch):
             their_weight.copy_(our_weight)
         torch.testing.assert_close(sae.decode(sae.encode(x)), theirs(x).sae_out)
 
-
 # -- training --------------------------------------------------------------------------------------
 
 def test_training_lowers_fvu_and_reports(chain):
@@ -200,12 +186,10 @@ def test_training_lowers_fvu_and_reports(chain):
     sae = load_sae(chain["sae"], layer=1, d=16)
     torch.testing.assert_close(sae.decoder.norm(dim=1), torch.ones(48), atol=1e-5, rtol=0)
 
-
 class Perfect(SAE):
     """Returns the hidden state itself."""
     def forward(self, h):
         return h, super().forward(h)[1]
-
 
 def test_the_report_on_a_perfect_and_on_a_useless_sae(chain, dataset):
     """A perfect SAE recovers all of the loss; one that returns only its bias has an FVU near 1."""
@@ -224,7 +208,6 @@ def test_the_report_on_a_perfect_and_on_a_useless_sae(chain, dataset):
         useless.encoder.zero_()
     assert reported(useless)["fvu"] == pytest.approx(1, abs=1e-4)
 
-
 def test_layers_without_one_state_per_token_are_refused(chain):
     gpt, _ = load_gpt(chain["cocomix"])
     check_layer(gpt, 0)
@@ -232,7 +215,6 @@ def test_layers_without_one_state_per_token_are_refused(chain):
         check_layer(gpt, 1)
     with pytest.raises(UserError, match="concept_layer=2 must leave a block above it.*3 blocks"):
         check_layer(gpt, 2)
-
 
 @pytest.mark.parametrize("stop", [3, 8])
 def test_resume_equals_uninterrupted(chain, dataset, tmp_path, stop):
@@ -249,7 +231,6 @@ def test_resume_equals_uninterrupted(chain, dataset, tmp_path, stop):
     a, b = (read_log(tmp_path / name / "log.jsonl") for name in "ab")
     assert [line["step"] for line in b] == list(range(1, 13))
     assert [line["fvu"] for line in a] == [line["fvu"] for line in b]
-
 
 def test_a_finished_sae_is_not_trained_again(chain, dataset, tmp_path):
     folder = shutil.copytree(chain["sae"], tmp_path / "sae")

@@ -19,7 +19,6 @@ from support.tokens import load_tokenizer
 
 CPU = torch.device("cpu")
 
-
 @pytest.fixture(scope="module")
 def cocomix(chain, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sample") / "cocomix"
@@ -29,12 +28,10 @@ def cocomix(chain, tmp_path_factory):
     index = index_of_run(folder / "ckpt.pt", content, model, concept_model, CPU, 4000)
     return folder, model, index, load_tokenizer(content["tokenizer"])
 
-
 def sections(out):
     """{title of a text's heading: the text}."""
     parts = [part.partition("\n") for part in out.split("── ")[1:]]
     return {title.rstrip(" ─"): text.strip() for title, _, text in parts}
-
 
 # -- steering the concept model ------------------------------------------------------------------
 
@@ -44,14 +41,12 @@ def factors(**values):
         scale[int(name[1:])] = factor
     return scale
 
-
 def tiny_concept_model(layer=1, **settings):
     sae = SAE(24, 40, 6).double().requires_grad_(False)
     torch.nn.init.normal_(sae.latent_bias, std=0.3)
     torch.nn.init.normal_(sae.pre_bias, std=0.3)
     gpt = tiny_gpt(**settings).requires_grad_(False).eval()
     return concepts.ConceptModel(gpt, sae, layer)
-
 
 def test_the_steered_sae_equals_the_dense_formula():
     sae = tiny_concept_model().sae
@@ -68,7 +63,6 @@ def test_the_steered_sae_equals_the_dense_formula():
     assert torch.equal(steered.indices, (pre * scale).topk(6).indices)
     assert (steered.indices == 3).any() and change.abs().max() > 0.01
 
-
 def test_an_active_concept_is_multiplied_and_the_rest_of_the_hidden_state_kept():
     sae = tiny_concept_model().sae
     h = torch.randn(2, 9, 24, dtype=torch.float64)
@@ -82,7 +76,6 @@ def test_an_active_concept_is_multiplied_and_the_rest_of_the_hidden_state_kept()
     expected, where = 2 * c * sae.decoder[concept] * std, here.any(-1)
     assert where.any()
     torch.testing.assert_close(change[where], expected[where])
-
 
 def test_factors_of_one_do_not_change_the_concept_model():
     concept_model = tiny_concept_model()
@@ -101,11 +94,9 @@ def test_factors_of_one_do_not_change_the_concept_model():
     assert torch.equal(texts[:2], continued(gpt))
     assert gpt.mixer is None and isinstance(steered, GPT) and steered.wte is gpt.wte
 
-
 def test_a_concept_model_with_a_mixer_of_its_own_is_refused():
     with pytest.raises(UserError, match="--model=run"):
         concepts.steerable(tiny_concept_model(layer=0, insert="pause"))
-
 
 # -- the command ---------------------------------------------------------------------------------
 
@@ -114,7 +105,6 @@ def test_sample_is_repeatable(cocomix):
     plain = run(sample.main, *common)
     assert plain[0] == 0 and "def f" in plain[1] and plain == run(sample.main, *common)
     assert run(sample.main, *common, "--seed=2")[1] != plain[1]
-
 
 def test_steer_takes_numbers_and_words_and_shows_both_models(cocomix):
     folder, _, index, tokenizer = cocomix
@@ -130,7 +120,6 @@ def test_steer_takes_numbers_and_words_and_shows_both_models(cocomix):
     status, out, err = run(sample.main, *common, "--steer")
     assert status == 0 and out.count("── concept") == 3, err
 
-
 def test_a_factor_of_one_changes_nothing_and_a_sweep_has_a_text_per_factor(cocomix):
     common = [cocomix[0], "--device=cpu", "--max_new_tokens=20", "--start=def f", "--model=run"]
     plain = sections(run(sample.main, *common)[1])["sample 1"]
@@ -144,7 +133,6 @@ def test_a_factor_of_one_changes_nothing_and_a_sweep_has_a_text_per_factor(cocom
         alone = sections(run(sample.main, *common, f"--steer=3:{factor}")[1])
         assert list(alone.values())[1] == texts[f"× {factor}"]
 
-
 def test_without_its_concept_model_only_the_run_is_steered(cocomix, tmp_path):
     content = torch.load(cocomix[0] / "ckpt.pt", weights_only=True)
     shutil.copytree(cocomix[0], tmp_path / "run")
@@ -155,7 +143,6 @@ def test_without_its_concept_model_only_the_run_is_steered(cocomix, tmp_path):
     assert status == 0 and "only the run is steered" in out and "│" not in out, err
     status, out, err = run(sample.main, *common, "--model=both")
     assert status == 1 and "no checkpoint at" in err
-
 
 def test_inspect_shows_each_tokens_predicted_concepts_by_name_and_weight(cocomix, monkeypatch):
     folder, model, index, tokenizer = cocomix
@@ -176,7 +163,6 @@ def test_inspect_shows_each_tokens_predicted_concepts_by_name_and_weight(cocomix
     expected = [f"{c} {index.name(c, tokenizer, 1)} {z:.1f}" for c, z in strongest]
     assert shown[:32] == expected and len(shown) == 65
 
-
 def test_beyond_block_size_concepts_are_read_with_half_a_block_before_them():
     model = tiny_gpt(insert="concept")
     idx = torch.randint(61, (1, 45))
@@ -187,14 +173,12 @@ def test_beyond_block_size_concepts_are_read_with_half_a_block_before_them():
         alone = model.concepts(idx[:, start:t + 1])
         assert torch.equal(top.indices[:, t], alone.indices[:, -1])
 
-
 def test_columns_and_glosses_fit_the_screen():
     assert sample.columns(["abc\n\nde", "x" * 25], 23).splitlines() == [
         "abc        │ " + "x" * 10, "           │ " + "x" * 10, "de         │ xxxxx"]
     assert sample.columns(["one text " * 20], 23) == "one text " * 20
     cells = [["'a'", "1 x"], ["'bb'", "22 yyy"], ["'c'", "3"]]
     assert sample.gloss(cells, 14) == "'a'  'bb'\n1 x  22 yyy\n\n'c'\n3\n"
-
 
 @pytest.mark.cuda
 def test_reading_and_steering_run_on_a_gpu(cocomix, tmp_path):

@@ -34,10 +34,8 @@ REPORTED = ("error: out of memory: a smaller --micro_batch_size (or --batch_size
             f"({OUT_OF_MEMORY})")
 torch_compile = torch.compile
 
-
 def teacher_keys(chain, method, *more):
     return [f"--method={method}", f"--concept_model={chain['gpt']}", f"--sae={chain['sae']}", *more]
-
 
 # -- torch.compile ---------------------------------------------------------------------------------
 
@@ -50,10 +48,8 @@ METHODS = {
     "cocomix, without effect": ["--mix=none", "--concept_weight=0"],
     "cocomix, dropout": ["--dropout=0.1", "--checkpoint_blocks"]}
 
-
 def method_keys(chain, name):
     return teacher_keys(chain, name.split(",")[0], *METHODS[name])
-
 
 def graphs_at_each_line(monkeypatch, argv, **compile_with):
     """[(line of the log, graphs compiled by then)] of a compiled run; a graph break is an error."""
@@ -72,14 +68,12 @@ def graphs_at_each_line(monkeypatch, argv, **compile_with):
     assert status == 0, err
     return seen
 
-
 def check_that_all_is_compiled_once(seen):
     first = next(i for i, (line, _) in enumerate(seen) if "loss" in line)
     assert first == 2 and "val_loss" in seen[1][0]
     assert sum("val_loss" in line for line, _ in seen) == 5
     counts = [count for _, count in seen]
     assert counts[first] >= 2 and set(counts[first:]) == {counts[first]}, counts
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
@@ -88,7 +82,6 @@ def test_no_graph_break_and_no_compilation_after_the_first_evaluation_and_step(
     argv = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--eval_interval=2",
             "--micro_batch_size=2", "--dtype=bfloat16", *method_keys(chain, name)]
     check_that_all_is_compiled_once(graphs_at_each_line(monkeypatch, argv, backend="eager"))
-
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # torch.compile's warnings are not ours
@@ -100,7 +93,6 @@ def test_a_compiled_run_learns_as_the_plain_one(name, chain, dataset, tmp_path, 
     graphs_at_each_line(monkeypatch, [*argv, f"--out_dir={tmp_path / 'compiled'}"])
     check_same_curve(tmp_path / "plain", tmp_path / "compiled", 1e-3)
 
-
 def check_same_curve(a, b, tolerance):
     """Two runs' logs have the same lines, their losses within the (relative) tolerance."""
     losses = {"loss", "concept_loss", "kl", "val_loss", "val_concept_loss", "grad_norm"}
@@ -111,7 +103,6 @@ def check_same_curve(a, b, tolerance):
         for name in losses & line.keys():
             expected = pytest.approx(line[name], rel=tolerance)
             assert other[name] == expected, (name, line["step"])
-
 
 @pytest.mark.slow
 @pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
@@ -148,12 +139,10 @@ def test_at_gpt2s_size_the_graph_stays_small_and_no_logits_are_kept(monkeypatch)
     size, estimate = sum(t.nbytes for t in kept), activation_bytes(model, x.numel())
     assert 0.4 * estimate < size < estimate
 
-
 # -- memory ----------------------------------------------------------------------------------------
 
 def error_lines(err):
     return [line for line in err.replace("\r", "\n").splitlines() if "error" in line]
-
 
 def test_out_of_memory_names_the_micro_batch(dataset, tmp_path, monkeypatch):
     def full(*_):
@@ -161,7 +150,6 @@ def test_out_of_memory_names_the_micro_batch(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "step_losses", full)
     status, _, err = run(train.main, *TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}")
     assert status == 1 and error_lines(err) == [REPORTED]
-
 
 def gradients(model):
     torch.manual_seed(3)
@@ -174,7 +162,6 @@ def gradients(model):
     (out.loss if out.concept_loss is None else out.loss + 0.3 * out.concept_loss).backward()
     return [out.loss.detach().cpu()] + [p.grad.cpu() for p in model.parameters()]
 
-
 @pytest.mark.parametrize("insert, mix", VARIANTS)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_checkpointed_blocks_have_the_same_gradients(insert, mix, dropout):
@@ -183,7 +170,6 @@ def test_checkpointed_blocks_have_the_same_gradients(insert, mix, dropout):
     model.checkpoint_blocks = True
     for a, b in zip(plain, gradients(model), strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
-
 
 # -- many processes --------------------------------------------------------------------------------
 
@@ -210,11 +196,9 @@ distributed.DistributedDataParallel = Counting
 runtime.run(train.main)
 """
 
-
 def torchrun(processes, script, *argv):
     return [sys.executable, "-m", "torch.distributed.run", "--standalone",
             f"--nproc_per_node={processes}", str(script), *map(str, argv)]
-
 
 def in_processes(tmp_path, processes, argv, code=""):
     """(status, stderr) of train.py in float64 in several processes, after the given code."""
@@ -224,7 +208,6 @@ def in_processes(tmp_path, processes, argv, code=""):
                           timeout=300)
     return done.returncode, done.stderr
 
-
 def alone(argv):
     torch.set_default_dtype(torch.float64)
     try:
@@ -232,7 +215,6 @@ def alone(argv):
         assert status == 0, err
     finally:
         torch.set_default_dtype(torch.float32)
-
 
 def check_same_run(a, b):
     """Two float64 runs: the same losses, weights and Adam's moments (means of the gradients)."""
@@ -246,7 +228,6 @@ def check_same_run(a, b):
             other = b["optimizer"]["state"][i][name]
             torch.testing.assert_close(other, t, atol=1e-9, rtol=1e-5)
 
-
 FIVE = [*TINY, "--batch_size=8", "--max_iters=5", "--eval_interval=2"]
 COUNT = """
 import atexit
@@ -255,7 +236,6 @@ def report():
         file.write(str(len(meetings)))
 atexit.register(report)
 """
-
 
 def test_two_processes_equal_one_and_exchange_gradients_once_a_step(chain, dataset, tmp_path,
                                                                     monkeypatch):
@@ -276,7 +256,6 @@ def test_two_processes_equal_one_and_exchange_gradients_once_a_step(chain, datas
     assert err.count("cocomix: 100%") <= 2
     assert read_log(two / "log.jsonl")[0]["processes"] == 2
 
-
 CRASH = """
 class Crashing(training.Log):
     def write(self, values):
@@ -285,7 +264,6 @@ class Crashing(training.Log):
             raise KeyboardInterrupt
 training.Log = Crashing
 """
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, processes, then", [
@@ -302,13 +280,11 @@ def test_a_run_resumes_with_another_number_of_processes(name, processes, then, c
     assert status == 0, err
     check_same_run(tmp_path / "one", tmp_path / "many")
 
-
 SMALL_BUCKETS = """
 import functools
 torch.compile = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
 distributed.DistributedDataParallel = functools.partial(Counting, bucket_cap_mb=0.01)
 """
-
 
 @pytest.mark.slow
 def test_two_compiled_processes_equal_one(chain, dataset, tmp_path):
@@ -319,7 +295,6 @@ def test_two_compiled_processes_equal_one(chain, dataset, tmp_path):
     status, err = in_processes(tmp_path, 2, argv, SMALL_BUCKETS)
     assert status == 0, err
     check_same_run(tmp_path / "one", tmp_path / "two")
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key, message", [
@@ -332,7 +307,6 @@ def test_an_error_of_all_processes_is_printed_once(key, message, dataset):
     line, = [line for line in error_lines(done.stderr) if line.startswith("error: ")]
     assert message in line
 
-
 FAILING = """
 keep, calls = train.step_losses, []
 def fails(*args):
@@ -343,7 +317,6 @@ def fails(*args):
 train.step_losses = fails
 """
 
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_process_that_fails_ends_all_with_its_message(rank, dataset, tmp_path):
@@ -353,7 +326,6 @@ def test_one_process_that_fails_ends_all_with_its_message(rank, dataset, tmp_pat
     assert status != 0 and time.time() - start < 120
     assert [line for line in error_lines(err) if "error: " in line] == [REPORTED]
     assert "train.py" not in err.replace("script.py", "")  # no traceback of ours
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM to torchrun", "SIGTERM to one"])
@@ -383,12 +355,10 @@ def test_a_signal_stops_all_processes_at_one_step(how, dataset, tmp_path):
     assert step == max(line["step"] for line in read_log(log)) >= 15
     assert not list(tmp_path.glob("*.tmp"))
 
-
 def test_dropout_depends_only_on_seed_step_and_process():
     seeds = [mixed_seed(seed, step, rank)
              for seed in range(3) for step in range(20) for rank in range(8)]
     assert len(set(seeds)) == len(seeds) and seeds[0] == mixed_seed(0, 0, 0)
-
 
 # -- Weights & Biases ------------------------------------------------------------------------------
 
@@ -408,7 +378,6 @@ def test_wandb_gets_the_lines_of_the_log(dataset, tmp_path, monkeypatch):
     logged = [json.loads(json.dumps(values)).keys() for _, values in lines]
     assert logged == [line.keys() for line in log]
 
-
 @pytest.mark.parametrize("module, message", [
     (None, "pip install wandb"), (types.SimpleNamespace(init=lambda **_: 1 / 0), "wandb login")])
 def test_a_wandb_that_is_missing_or_does_not_start_is_one_line(module, message, dataset, tmp_path,
@@ -419,11 +388,9 @@ def test_a_wandb_that_is_missing_or_does_not_start_is_one_line(module, message, 
     assert status == 1 and message in err and len(err.strip().splitlines()) == 1
     assert not (tmp_path / "ckpt.pt").exists()
 
-
 # -- with a GPU ------------------------------------------------------------------------------------
 
 cuda = pytest.mark.cuda
-
 
 @cuda
 @pytest.mark.parametrize("insert, mix", VARIANTS)
@@ -436,7 +403,6 @@ def test_gradients_on_the_gpu_equal_the_cpus(insert, mix):
         for a, b in zip(on_cpu, gradients(model), strict=True):
             torch.testing.assert_close(b, a, atol=1e-9, rtol=1e-7)
 
-
 @cuda
 @pytest.mark.parametrize("choices", [dict(), dict(select="activation"), dict(attribution="paper"),
                                      dict(sign="abs")], ids=str)
@@ -447,7 +413,6 @@ def test_labels_on_the_gpu_equal_the_cpus(choices):
     labels = teacher.labels(x, y)
     gpt.cuda(), sae.cuda()
     assert torch.equal(teacher.labels(x.cuda(), y.cuda()).cpu(), labels)
-
 
 @cuda
 @pytest.mark.parametrize("name", ["ntp", "kd", "cocomix", "cocomix, hidden"])
@@ -461,7 +426,6 @@ def test_a_float32_run_on_the_gpu_has_the_cpus_curve(name, chain, dataset, tmp_p
         status, _, err = run(train.main, *argv, *keys)
         assert status == 0, err
     check_same_curve(tmp_path / "cpu", tmp_path / "cuda", 2e-3)
-
 
 @cuda
 @pytest.mark.parametrize("name", ["ntp", "cocomix", "cocomix_kd", "cocomix, eq. 1",
@@ -478,7 +442,6 @@ def test_on_the_gpu_no_graph_break_and_no_compilation_after_the_first_evaluation
     if "dropout" not in name:  # bfloat16 against float32
         a, b = (read_log(folder / "log.jsonl")[-1]["val_loss"] for folder in (plain, compiled))
         assert b == pytest.approx(a, rel=0.02)
-
 
 @cuda
 def test_resume_on_the_gpu_draws_the_same_dropout(dataset, tmp_path):
@@ -498,7 +461,6 @@ def test_resume_on_the_gpu_draws_the_same_dropout(dataset, tmp_path):
     assert load_checkpoint(tmp_path / "b")["step"] == 4
     assert run(train.main, *argv, f"--out_dir={tmp_path / 'b'}", "--resume")[0] == 0
     check_same_curve(tmp_path / "a", tmp_path / "b", 1e-3)
-
 
 @cuda
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
@@ -533,7 +495,6 @@ def test_the_peak_of_a_step_on_the_gpu_fits_its_estimate(insert, taught, checkpo
     estimate = step_bytes(model, teacher, x.numel())
     print(f"peak {peak / 1e9:.2f} GB, estimate {estimate / 1e9:.2f} GB")
     assert 0.15 * estimate < peak < estimate / 0.9
-
 
 @cuda
 def test_batches_reach_the_gpu_intact(dataset):

@@ -18,7 +18,6 @@ from support.tokens import Batches, tokens_of_run
 
 CPU = torch.device("cpu")
 
-
 @pytest.fixture(scope="module")
 def cocomix(chain, tmp_path_factory):
     """A run with its index: (folder, content, model, concept model, index)."""
@@ -29,14 +28,12 @@ def cocomix(chain, tmp_path_factory):
     index = index_of_run(folder / "ckpt.pt", content, model, concept_model, CPU, 4000)
     return folder, content, model, concept_model, index
 
-
 def first_blocks(content, n):
     """The n val blocks that steering uses, and their targets."""
     val = torch.tensor(tokens_of_run(content, "val").astype(int))
     starts = Batches(tokens_of_run(content, "val"), 32, n, 257, shift=False).starts(0)
     rows = torch.stack([val[start:start + 33] for start in starts.tolist()])
     return rows[:, :-1], rows[:, 1:]
-
 
 def test_steering_is_measured_as_defined(cocomix, tmp_path, monkeypatch):
     folder, content, model, concept_model, index = cocomix
@@ -70,7 +67,6 @@ def test_steering_is_measured_as_defined(cocomix, tmp_path, monkeypatch):
     with torch.no_grad():
         assert plain[0] == pytest.approx(model(x, y).loss.item(), abs=1e-4)
 
-
 def test_the_table_has_the_geometric_mean_over_concepts(monkeypatch):
     monkeypatch.setattr(steering, "FACTORS", (1.0, 5.0))
     counts = {(1, 1.0): 3, (2, 1.0): 0, (1, 5.0): 15, (2, 5.0): 0}
@@ -84,7 +80,6 @@ def test_the_table_has_the_geometric_mean_over_concepts(monkeypatch):
     assert steered["raised"] == 0.5 and steered["perplexity"] == pytest.approx(50)
     # of the logs: standard deviation log(4)/√2, over √2
     assert steered["gain_error"] == pytest.approx(2 * math.log(4) / 2)
-
 
 @pytest.mark.cuda
 def test_steering_is_measured_on_a_gpu(cocomix, tmp_path, monkeypatch):

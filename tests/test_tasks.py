@@ -22,7 +22,6 @@ METHODS = [("none", "interleave"), ("pause", "interleave"), ("pause", "add"),
            ("hidden", "interleave"),
            *(("concept", mix) for mix in ("interleave", "interleave_residual", "add", "none"))]
 
-
 # -- log-likelihoods -------------------------------------------------------------------------------
 
 def questions(rng, vocab=61):
@@ -43,7 +42,6 @@ def questions(rng, vocab=61):
             [(draw(1), draw(1)), (draw(2), draw(3))],
             []]
 
-
 def plain(model, context, continuation):
     """One forward pass over the whole text."""
     tokens = torch.tensor((context + continuation)[-model.config.block_size - 1:])
@@ -51,7 +49,6 @@ def plain(model, context, continuation):
     logp = model(tokens[None, :-1]).logits[0, -n:].log_softmax(-1)
     greedy = bool((logp.argmax(-1) == tokens[-n:]).all())
     return logp.gather(-1, tokens[-n:, None]).sum().item(), greedy
-
 
 @pytest.mark.parametrize("insert, mix", METHODS)
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -66,7 +63,6 @@ def test_loglikelihoods_equal_a_forward_pass_over_each_text(insert, mix, batch_s
                 assert loglikelihood == pytest.approx(expected[0], abs=1e-9)
                 assert greedy == expected[1]
 
-
 def test_the_greedy_continuation_is_recognised(monkeypatch):
     monkeypatch.setattr(tasks, "chunk_rows", lambda device, width: 3)
     model, context = tiny_gpt().eval(), [5, 9, 2]
@@ -75,7 +71,6 @@ def test_the_greedy_continuation_is_recognised(monkeypatch):
     asked = [[(context, best), (context, other), (context, best[:1])]]
     answers = tasks.loglikelihoods(model, asked, 2)
     assert [greedy for _, greedy in answers[0]] == [True, False, True]
-
 
 def test_a_context_is_computed_once_and_logits_only_where_they_count(monkeypatch):
     model, context = tiny_gpt().eval(), list(range(8))
@@ -92,7 +87,6 @@ def test_a_context_is_computed_once_and_logits_only_where_they_count(monkeypatch
     assert tokens == [8 + 2 + 3 + 1]  # the last token of a continuation is not read
     assert logits == [1 + 2 + 3 + 1]  # the last position of the context serves all three
 
-
 def test_windows_predict_every_token_once_with_as_much_context_as_fits():
     tokenizer = load_tokenizer("stdlib")
     for text in ("", "one", "a longer text, with some words in it; " * 9):
@@ -104,7 +98,6 @@ def test_windows_predict_every_token_once_with_as_much_context_as_fits():
             for context, continuation in pairs:
                 end += len(continuation)
                 assert context + continuation == whole[max(0, end - size - 1):end]
-
 
 # -- the tasks -------------------------------------------------------------------------------------
 
@@ -119,7 +112,6 @@ def ours(model, tokenizer, name, docs):
         answers = [[(sum(x for x, _ in answer), None)] for answer in answers]
     return row, answers
 
-
 def compare(row, answers, name, metrics, expected):
     """Log-likelihoods within 1e-3; equal metrics, and standard errors of accuracies."""
     for mine, theirs in zip(answers, expected, strict=True):
@@ -132,10 +124,8 @@ def compare(row, answers, name, metrics, expected):
             error = metrics[f"{metric}_stderr"]
             assert row[f"{name}/{metric}_stderr"] == pytest.approx(error, rel=1e-9), metric
 
-
 def only_texts(value):
     return value if isinstance(value, str) else ""
-
 
 @pytest.mark.parametrize("which, name, metrics, answers", json.loads(harness.FIXTURES.read_text()),
                          ids=only_texts)
@@ -145,7 +135,6 @@ def test_tasks_equal_the_harness(which, name, metrics, answers):
     compare(row, mine, name, metrics, [[tuple(pair) for pair in pairs] for pairs in answers])
     if name in ("arc_easy", "lambada_openai"):
         assert row[f"{name}/cut"] > 0  # includes texts longer than the window
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokenizer, which",
@@ -165,7 +154,6 @@ def test_a_hundred_real_documents_of_each_task_equal_the_harness(tokenizer, whic
         row, mine = ours(model, tokenizer, name, docs[name])
         compare(row, mine, name, metrics, answers)
 
-
 def test_standard_errors_are_those_of_a_bootstrap():
     rng = np.random.default_rng(0)
     counts = rng.integers(5, 50, size=400)
@@ -180,7 +168,6 @@ def test_standard_errors_are_those_of_a_bootstrap():
     assert tasks.mean_and_error(single) == (0.25, pytest.approx(0.25))  # stdev / sqrt(n)
     assert tasks.mean_and_error([(1.0, 1)]) == (1.0, None)
 
-
 def test_averages_are_those_of_table_1():
     ntp_69m = 25.3, 107.6, 52.3, 0.274, 0.594, 0.366, 0.397, 0.507  # in the paper
     row = dict(zip(MEASURES, ntp_69m, strict=True))
@@ -191,7 +178,6 @@ def test_averages_are_those_of_table_1():
     del row["piqa/acc"], row["perplexity"]
     assert list(averages(row)) == ["task_perplexity"]
 
-
 @pytest.mark.cuda
 @pytest.mark.parametrize("insert, mix", METHODS)
 def test_cuda_gives_the_cpus_numbers(insert, mix):
@@ -201,7 +187,6 @@ def test_cuda_gives_the_cpus_numbers(insert, mix):
     cpu, cuda = (tasks.loglikelihoods(model.to(device), asked, 4) for device in ("cpu", "cuda"))
     expected = [x for pairs in cpu for x, _ in pairs]
     assert [x for pairs in cuda for x, _ in pairs] == pytest.approx(expected, abs=1e-3)
-
 
 # -- documents -------------------------------------------------------------------------------------
 
@@ -217,7 +202,6 @@ def test_tasks_run_by_default_for_gpt2s_tokens_only(monkeypatch):
     assert chosen("auto", "folder", "another") == chosen("all", None, "another") == every
     assert chosen("piqa,arc_easy", None, "another") == ["piqa", "arc_easy"]
 
-
 def test_without_a_network_the_default_tasks_are_skipped(monkeypatch, capsys):
     def refused(*_, **__):
         raise OSError("Network is unreachable")
@@ -229,7 +213,6 @@ def test_without_a_network_the_default_tasks_are_skipped(monkeypatch, capsys):
     assert message in capsys.readouterr().out
     with pytest.raises(UserError, match="baber/piqa can't be fetched .*--eval_data=DIR"):
         tasks.choose_tasks("piqa", None, None, "gpt2")
-
 
 def test_the_hubs_documents_are_those_of_the_tasks_split(monkeypatch):
     datasets = pytest.importorskip("datasets")

@@ -13,11 +13,9 @@ import torch
 
 from support.tokens import Batches, load_tokenizer, load_tokens, sequential
 
-
 def batches(tokens, **more):
     defaults = dict(block_size=8, batch_size=12, vocab_size=1 << 16, seed=3)
     return Batches(tokens, **defaults | more)
-
 
 @pytest.mark.parametrize("ranks", [1, 4])
 @pytest.mark.parametrize("shift", [True, False])
@@ -34,7 +32,6 @@ def test_an_epoch_holds_every_block_exactly_once(ranks, shift):
         assert torch.equal(rows, rows[:, :1] + torch.arange(8))
         assert 0 <= offset < 8 if shift else offset == 0
 
-
 def test_epochs_differ_in_order_and_offset_and_seeds_differ():
     tokens = np.arange(8 * 60 + 8, dtype="<u2")
     b = batches(tokens)
@@ -43,18 +40,15 @@ def test_epochs_differ_in_order_and_offset_and_seeds_differ():
     assert not np.array_equal(b.starts(0) - b.starts(0).min(), b.starts(5) - b.starts(5).min())
     assert not np.array_equal(b.starts(0), batches(tokens, seed=4).starts(0))
 
-
 def test_batches_are_those_of_november_2026():
     """A run resumed with newer code must see the batches it would have seen."""
     b = batches(np.arange(1000, dtype="<u2"))
     assert b.starts(0).tolist() == [742, 542, 582, 822, 550, 334, 278, 246, 142, 190, 230, 726]
     assert b.starts(25).tolist() == [918, 814, 798, 870, 502, 662, 854, 422, 14, 22, 838, 782]
 
-
 def test_every_position_has_the_next_token_as_target():
     x, y = batches(np.arange(500, dtype="<u2"))[7]
     assert x.shape == y.shape == (12, 8) and x.dtype == torch.int64 and torch.equal(y, x + 1)
-
 
 def test_ranks_take_slices_of_one_global_batch_and_steps_need_no_history():
     tokens = np.arange(1000, dtype="<u2")
@@ -62,7 +56,6 @@ def test_ranks_take_slices_of_one_global_batch_and_steps_need_no_history():
     for step in (0, 3, 40, 7):
         parts = [batches(tokens, rank=r, world_size=3)[step][0] for r in range(3)]
         assert torch.equal(whole[step][0], torch.cat(parts))
-
 
 def test_prefetched_batches_are_the_same():
     b, cpu = batches(np.arange(1000, dtype="<u2")), torch.device("cpu")
@@ -72,7 +65,6 @@ def test_prefetched_batches_are_the_same():
         assert torch.equal(x, b[step][0]) and torch.equal(y, b[step][1]) and labels is None
     assert list(b.prefetch(4, 4, cpu)) == []
 
-
 def test_sequential_gives_every_token_but_the_first_as_a_target_once():
     for n in (81, 85, 9, 5):
         tokens = np.arange(n, dtype="<u2")
@@ -80,12 +72,10 @@ def test_sequential_gives_every_token_but_the_first_as_a_target_once():
         assert torch.equal(torch.cat([y.flatten() for _, y in rows]), torch.arange(1, n))
         assert all(torch.equal(y, x + 1) and x.shape[0] <= 3 for x, y in rows)
 
-
 def write_meta(folder, train_tokens):
     (folder / "meta.json").write_text(json.dumps(dict(
         tokenizer="gpt2", tokenizer_hash="gpt2", vocab_size=50257, train_tokens=train_tokens,
         val_tokens=0)))
-
 
 def test_a_file_of_openwebtexts_size_gives_a_batch_at_once_and_in_little_memory(tmp_path):
     n = 9_035_582_198
@@ -101,7 +91,6 @@ def test_a_file_of_openwebtexts_size_gives_a_batch_at_once_and_in_little_memory(
     seconds, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert x.shape == (512, 1024) and seconds < 2 and peak < 64 << 20
-
 
 @pytest.mark.parametrize("name, content, message", [
     ("train.bin", b"", "train.bin has 0 bytes"),
@@ -121,7 +110,6 @@ def test_damaged_datasets_are_named(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message):
         load_tokens(tmp_path, "train")
 
-
 def test_tokens_beyond_the_vocabulary_and_short_files_are_named():
     with pytest.raises(UserError, match="beyond the vocabulary of 50"):
         batches(np.full(500, 50, dtype="<u2"), vocab_size=50)[0]
@@ -130,7 +118,6 @@ def test_tokens_beyond_the_vocabulary_and_short_files_are_named():
     with pytest.raises(UserError, match="only 9 tokens, too few for block_size=8"):
         batches(np.arange(9, dtype="<u2"))
 
-
 def test_stdlib_tokenizer_round_trips_and_has_at_most_4096_tokens():
     tokenizer = load_tokenizer("stdlib")
     assert tokenizer.n_vocab <= 4096 and tokenizer.eot_token == tokenizer.n_vocab - 1
@@ -138,7 +125,6 @@ def test_stdlib_tokenizer_round_trips_and_has_at_most_4096_tokens():
     ids = tokenizer.encode_ordinary(text)
     assert tokenizer.decode(ids) == text and len(ids) < len(text) / 2.5
     assert tokenizer.eot_token not in ids
-
 
 @pytest.mark.parametrize("content", [b"", b"not base64\n", b"QQ== 0\n", b"\xff\xfe"])
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content):

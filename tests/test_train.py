@@ -23,24 +23,19 @@ from support.training import read_config
 ROOT = Path(train.__file__).resolve().parent
 CPU = torch.device("cpu")
 
-
 def arguments(dataset, out, *more):
     return [*TINY, f"--dataset={dataset}", f"--out_dir={out}", *more]
-
 
 def teaching(chain):
     return [f"--concept_model={chain['gpt']}", f"--sae={chain['sae']}"]
 
-
 def cocomix(chain):
     return ["--method=cocomix", *teaching(chain)]
-
 
 def trained(*argv):
     """Train; it must succeed."""
     status, _, err = run(train.main, *argv)
     assert status == 0, err
-
 
 def evaluated(folder, *more):
     """Evaluate a run; it must succeed → its row."""
@@ -49,17 +44,14 @@ def evaluated(folder, *more):
     assert status == 0, err
     return json.loads(path.read_text())
 
-
 def values_of(log, name):
     return [line[name] for line in log if name in line]
-
 
 @pytest.fixture
 def double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
 
 # -- methods ---------------------------------------------------------------------------------------
 
@@ -82,13 +74,11 @@ def test_sixty_steps_lower_the_loss(chain, dataset, tmp_path, method):
         first, last = values_of(log, "val_concept_loss")
         assert last < first - 0.1
 
-
 ABLATIONS = ["--target=l1", "--target=l2 --mix=add", "--target=cos --mix=interleave_residual",
              "--target=l2 --mix=none", "--mix=none", "--concept_weight=0",
              "--concept_weight=0 --mix=interleave_residual", "--mix=add",
              "--method=pause --mix=interleave_residual", "--select=activation",
              "--attribution=paper", "--attribution_sign=lower", "--attribution_sign=abs"]
-
 
 @pytest.mark.parametrize("keys", ABLATIONS)
 def test_every_ablation_trains_resumes_and_is_evaluated(chain, dataset, tmp_path, keys):
@@ -103,7 +93,6 @@ def test_every_ablation_trains_resumes_and_is_evaluated(chain, dataset, tmp_path
     assert ("concept_loss" in row) == predicts
     assert ("hit_rate" in row) == (predicts and "--target" not in keys)
 
-
 @pytest.mark.parametrize("one, other", [
     ("--method=ntp", "--method=kd --kd_weight=0"),
     ("--method=pause", "--method=pause_kd --kd_weight=0"),
@@ -116,7 +105,6 @@ def test_methods_differ_only_by_their_own_terms(chain, dataset, tmp_path, one, o
         weights.append(load_checkpoint(tmp_path / name)["model"])
     for name, t in weights[0].items():
         torch.testing.assert_close(t, weights[1][name], atol=1e-5, rtol=1e-4)
-
 
 @pytest.mark.parametrize("method", ["cocomix", "kd"])
 @pytest.mark.parametrize("shape", ["--n_layer=4 --n_embd=24 --n_head=3",
@@ -136,7 +124,6 @@ def test_any_run_teaches_a_student_of_another_shape_on_other_text(chain, tmp_pat
     row = evaluated(tmp_path / "run", "--tokens=500")
     assert ("hit_rate" in row) == (method == "cocomix")
 
-
 def test_methods_see_the_same_batches_in_the_same_order(dataset, chain, tmp_path, monkeypatch):
     seen, step_losses = dict(ntp=[], cocomix=[]), train.step_losses
 
@@ -151,7 +138,6 @@ def test_methods_see_the_same_batches_in_the_same_order(dataset, chain, tmp_path
         trained(*arguments(dataset, tmp_path / name, *more))
     assert len(seen["ntp"]) == 8
     assert all(torch.equal(a, b) for a, b in zip(*seen.values(), strict=True))
-
 
 # -- resuming and stopping -------------------------------------------------------------------------
 
@@ -179,7 +165,6 @@ def test_resume_equals_uninterrupted_bit_for_bit(chain, dataset, tmp_path, metho
     assert logs[0] == logs[1]
     assert [line["step"] for line in logs[1] if "loss" in line] == list(range(1, 9))
 
-
 def test_a_finished_run_is_not_run_again_and_none_is_overwritten(chain, dataset):
     path = Path(chain["ntp"]) / "ckpt.pt"
     before = path.read_bytes()
@@ -191,12 +176,10 @@ def test_a_finished_run_is_not_run_again_and_none_is_overwritten(chain, dataset)
     assert status == 1 and "seed=1" in err
     assert path.read_bytes() == before
 
-
 def wait_for(condition, seconds):
     deadline = time.time() + seconds
     while not condition() and time.time() < deadline:
         time.sleep(0.02)
-
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
                                     signal.SIGINT])
@@ -215,7 +198,6 @@ def test_a_signal_saves_and_the_run_can_resume(dataset, tmp_path, number):
     step = load_checkpoint(tmp_path)["step"]
     assert step >= 5 and step == max(line["step"] for line in read_log(log))
 
-
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(),
                     reason="needs /proc to see that torch is being loaded")
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])
@@ -230,7 +212,6 @@ def test_ctrl_c_during_the_imports_prints_no_traceback(script, tmp_path):
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=30)[1]
     assert process.returncode == 130 and err in ("", "stopped\n")
-
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(dataset, tmp_path, monkeypatch):
     step_losses, calls = train.step_losses, []
@@ -247,7 +228,6 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(dataset, tmp_p
     assert "ckpt.pt" in err
     assert all(t.isfinite().all() for t in load_checkpoint(tmp_path)["model"].values())
 
-
 # -- batches ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("micro", [1, 2, 3])
@@ -259,7 +239,6 @@ def test_micro_batches_add_up_to_the_batch(dataset, tmp_path, double, micro):
     for name, t in weights[0].items():
         torch.testing.assert_close(weights[1][name], t, atol=1e-9, rtol=1e-7)
 
-
 def test_val_loss_does_not_depend_on_the_micro_batch(dataset, tmp_path):
     losses = []
     for n in (1, 3, 4):
@@ -267,7 +246,6 @@ def test_val_loss_does_not_depend_on_the_micro_batch(dataset, tmp_path):
         trained(*arguments(dataset, folder, "--max_iters=0", f"--micro_batch_size={n}"))
         losses += values_of(read_log(folder / "log.jsonl"), "val_loss")
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
-
 
 # -- schedule and optimizer ------------------------------------------------------------------------
 
@@ -279,7 +257,6 @@ def test_learning_rate_warms_up_from_above_zero_and_ends_at_a_tenth():
     assert rates[2:] == sorted(rates[2:], reverse=True)
     middle = 2 + (599 - 2) / 2
     assert train.learning_rate(cfg, middle) == pytest.approx(0.55)
-
 
 def test_only_matrices_and_embeddings_decay_and_the_mixer_has_its_own_learning_rate(chain):
     model = load_model(load_checkpoint(chain["cocomix"]))
@@ -299,7 +276,6 @@ def test_only_matrices_and_embeddings_decay_and_the_mixer_has_its_own_learning_r
     groups = train.make_optimizer(model, train.Config(decay_all=True), CPU).param_groups
     assert [g["weight_decay"] for g in groups] == [0.1] * 4
 
-
 def test_a_mixer_with_a_learning_rate_of_zero_stays_as_it_was(chain, dataset, tmp_path):
     weights = []
     for scale in ("1", "0"):
@@ -309,7 +285,6 @@ def test_a_mixer_with_a_learning_rate_of_zero_stays_as_it_was(chain, dataset, tm
     for name, t in weights[0].items():
         moves = name.startswith("mixer.") and t.abs().sum() > 0
         assert torch.equal(t, weights[1][name]) != moves, name
-
 
 # -- keys ------------------------------------------------------------------------------------------
 

@@ -14,11 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from support import hub, runtime
 
-
 def main(argv):
     source = "hf://datasets/open-web-math/open-web-math"
     return hub.prepare(argv, __doc__, __file__, source, 6_315_233)
-
 
 if __name__ == "__main__":
     runtime.run(main)

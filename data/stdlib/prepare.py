@@ -29,14 +29,12 @@ VAL = {"argparse", "bisect", "calendar", "configparser", "csv", "fractions", "gz
 EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__",
             "_vendor", "ensurepip", "encodings", "pydoc_data"}  # the last two: generated tables
 
-
 @dataclass(frozen=True)
 class Config:
     out: str = key(str(HERE), "folder to write to")
     train_bpe: int | None = key(None, "retrain data/stdlib/bpe.tiktoken with this many tokens",
                                 low=300, high=4096, bare="4096", follows=r"\d")
     force: bool = key(False, "prepare an intact dataset again")
-
 
 def read_library():
     """({split: texts}, hash of all files, number of files) of the standard library."""
@@ -57,7 +55,6 @@ def read_library():
         raise UserError(f"no .py files under {root}: this Python has no readable standard library; "
                         "use data/text/prepare.py")
     return splits, fingerprint(*contents), len(contents) // 2
-
 
 def main(argv):
     cfg, _ = parse(Config, argv, __doc__, most=0, files=False)
@@ -84,7 +81,6 @@ def main(argv):
                train_files=len(splits["train"]), val_files=len(splits["val"]))
     print(f"{out}: {counts['train']:,} train tokens, {counts['val']:,} val tokens from {n_files} "
           f"files, hash {digest}")
-
 
 if __name__ == "__main__":
     run(main)

@@ -30,7 +30,6 @@ from support.tokens import load_meta, load_tokenizer, load_tokens
 
 PIECE = 16_000  # characters read at a time
 
-
 @dataclass(frozen=True)
 class Config:
     input: tuple[str, ...] = key((), "files to train on")
@@ -39,7 +38,6 @@ class Config:
     tokenizer: str = key("gpt2", "gpt2, stdlib, bpe:SIZE or the path of a .tiktoken file")
     bpe_chars: int = key(16_000_000, "characters on which bpe:SIZE is trained", low=1000)
     force: bool = key(False, "overwrite an existing dataset")
-
 
 def jsonl_pieces(file, path):
     for number, line in enumerate(file, 1):
@@ -53,7 +51,6 @@ def jsonl_pieces(file, path):
                                 f"\"text\" ({type(e).__name__}: {e})") from e
             yield text, True
 
-
 def txt_pieces(file):
     rest = ""
     while part := file.read(PIECE):
@@ -66,7 +63,6 @@ def txt_pieces(file):
             yield rest[:cut], False
             rest = rest[cut:]
     yield rest, True
-
 
 def pieces(path):
     """A file as a stream of (text, whether a document ends there)."""
@@ -84,7 +80,6 @@ def pieces(path):
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as e:
         raise UserError(f"{path} is damaged or cut short ({e})") from e
 
-
 def stream(files, held_out=None):
     """The pieces of all files. held_out=True: only each 20th, False: the others; as documents."""
     for n, (text, ends) in enumerate(chain.from_iterable(map(pieces, files)), 1):
@@ -93,7 +88,6 @@ def stream(files, held_out=None):
         elif (n % 20 == 0) == held_out:
             yield text, True
 
-
 def head(files, chars):
     """The first `chars` characters of the files, in pieces."""
     for text, _ in stream(files):
@@ -101,7 +95,6 @@ def head(files, chars):
         chars -= len(text)
         if chars <= 0:
             return
-
 
 def get_tokenizer(cfg):
     """(name, tokenizer) of the key `tokenizer`; bpe:SIZE trains one and saves it."""
@@ -116,7 +109,6 @@ def get_tokenizer(cfg):
     save_bpe(ranks, path)
     return path, load_tokenizer(path)
 
-
 def check_files(cfg):
     if not cfg.input:
         raise UserError("--input FILES is needed: .txt or .jsonl, plain, .gz or .xz")
@@ -130,10 +122,8 @@ def check_files(cfg):
         raise UserError(f"{both.pop()} is both input and val; without --val, a part of the input "
                         "is held out")
 
-
 def names_and_sizes(files):
     return [[Path(path).name, Path(path).stat().st_size] for path in files]
-
 
 def main(argv):
     cfg, _ = parse(Config, argv, __doc__, most=0, files=False)
@@ -167,7 +157,6 @@ def main(argv):
     write_meta(out, name, tokenizer, counts, asked=asked)
     print(f"{out}: {counts['train']:,} train tokens, {counts['val']:,} val tokens, "
           f"tokenizer {name} ({tokenizer.n_vocab} tokens)")
-
 
 if __name__ == "__main__":
     run(main)

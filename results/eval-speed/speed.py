@@ -27,7 +27,6 @@ BATCH = 16
 SIZES = (("4 layers × 128", 4, 128, 20), ("8 layers × 512", 8, 512, 100),
          ("12 layers × 768 (GPT-2 124M)", 12, 768, 200))  # name, layers, width, every n-th document
 
-
 def tokenizer_of_transformers(tokenizer, folder):
     """tiktoken's GPT-2 tokenizer as transformers'."""
     from transformers import PreTrainedTokenizerFast
@@ -38,12 +37,10 @@ def tokenizer_of_transformers(tokenizer, folder):
     return PreTrainedTokenizerFast(tokenizer_object=converter.converted(), bos_token=END_OF_TEXT,
                                    eos_token=END_OF_TEXT)
 
-
 def check_same(name, ours, theirs):
     for metric in TASKS[name].metrics:
         a, b = ours[f"{name}/{metric}"], theirs[f"{metric},none"]
         assert a == 0 if b == 0 else abs(a / b - 1) < 1e-4, metric
-
 
 def measure(docs_of, n_layer, n_embd, every, folder):
     """Rows (task, documents, the harness's seconds, ours), processor time of one thread."""
@@ -70,7 +67,6 @@ def measure(docs_of, n_layer, n_embd, every, folder):
         print(rows[-1], flush=True)
     return rows
 
-
 def main():
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -85,7 +81,6 @@ def main():
         lines += [f"| {size} | {name} | {n} | {theirs:.1f} | {ours:.1f} | {theirs / ours:.1f} |"
                   for name, n, theirs, ours in rows]
         (HERE / "table.md").write_text("\n".join(lines) + "\n")
-
 
 if __name__ == "__main__":
     main()

@@ -33,7 +33,6 @@ SMALL = ("--batch_size=2", "--block_size=256")
 ROWS = (("stdlib_ntp", 30, ()), ("stdlib_cocomix", 30, ("--labels=disk",)), ("ntp_69m", 4, SMALL),
         ("cocomix_69m", 4, ("--labels=disk", *SMALL)))  # config, steps, keys
 
-
 def measure(name, steps, keys):
     """A line of the table."""
     cfg, _ = parse(bench.Config, [str(ROOT / f"config/{name}.py"), *keys], most=0)
@@ -53,7 +52,6 @@ def measure(name, steps, keys):
              f"{products / ms['products'] * 1e3:.0f}", f"{gflop / whole * 1e3:.0f}"]
     return "| " + " | ".join(cells) + " |"
 
-
 def main():
     keep_freed_memory()
     titles = ["row", "GFLOP a step", "all", *KINDS, "the rest", "GFLOP/s of the products", "of all"]
@@ -65,7 +63,6 @@ def main():
         lines.append(measure(*row))
         print(lines[-1], flush=True)
     (HERE / "kernels.md").write_text("\n".join(lines) + "\n")
-
 
 if __name__ == "__main__":
     main()

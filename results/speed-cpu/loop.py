@@ -22,7 +22,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
-
 def run(config_file):
     """Run it and print the seconds: to the first step, waiting for batches after it, in
     evaluations, in total."""
@@ -53,7 +52,6 @@ def run(config_file):
         train.main([config_file, f"--out_dir={out}"])
     print(first[0], sum(waits[1:]), sum(evaluations), time.perf_counter() - START)
 
-
 def main():
     python = platform.python_version()
     lines = [f"{platform.machine()}, {os.cpu_count()} cores, Python {python}", "",
@@ -67,7 +65,6 @@ def main():
                      f"| {whole:.1f} |")
     (HERE / "loop.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-
 
 if __name__ == "__main__":
     run(sys.argv[1]) if sys.argv[1:] else main()

@@ -35,16 +35,13 @@ N, D, C, V = 512, 512, 32768, 50257  # positions, width, concepts, vocabulary
 K, LABELS, T, TURNS = 32, 4, 256, 7  # concepts kept, labels, context, rounds
 torch.manual_seed(0)
 
-
 def gradients(loss, *inputs):
     return torch.autograd.grad(loss, inputs)
-
 
 def staged_topk():
     z = torch.randn(N, C)
     return ("TopK of 32 768 in stages", "1.2 passes over z and 1/32 of a sort", None,
             lambda: z.topk(K), lambda: kernels.topk(z, K))
-
 
 def label_loss():
     z, labels = torch.randn(N, C, requires_grad=True), torch.randint(C, (N, LABELS))
@@ -58,7 +55,6 @@ def label_loss():
         return loss, *gradients(loss, z)
     return ("label loss: one logsumexp, four gathers", "passes over z: 4 → 1", 4.0, plain, fast)
 
-
 def head(N, name):
     x, y = torch.randn(N, D, requires_grad=True), torch.randint(V, (N,))
     weight = torch.randn(V, D).mul_(0.02).requires_grad_()
@@ -71,7 +67,6 @@ def head(N, name):
         loss, _ = kernels.linear_cross_entropy(x, weight, y)
         return loss, *gradients(loss, x, weight)
     return name, "the same products; 4 fewer passes over (N, V)", 1.2, plain, fast
-
 
 def concept_head():
     x, labels = torch.randn(N, D, requires_grad=True), torch.randint(C, (N, LABELS))
@@ -91,7 +86,6 @@ def concept_head():
     return ("concept head: TopK, label loss and gradient in one",
             "the same products; about 12 fewer passes over (N, C)", 1.5, plain, fast)
 
-
 def compress():
     z, weight = torch.randn(N, C), torch.randn(C, D).mul_(0.02).requires_grad_()
     top = kernels.topk(z, K)
@@ -109,7 +103,6 @@ def compress():
             "products 6 N C d → 6 N k d, then only the (C, d) gradient counts", C / K / 20,
             plain, fast)
 
-
 def attribution():
     sae, grad = SAE(768, C, K).requires_grad_(False), torch.randn(N, 768)
     top, rows = kernels.topk(torch.randn(N, C), K), torch.arange(N)[:, None]
@@ -117,7 +110,6 @@ def attribution():
             C / K / 10,
             lambda: top.values * (grad @ sae.decoder.T)[rows, top.indices],
             lambda: top.values * kernels.gathered_dot(top.indices, sae.decoder, grad))
-
 
 def concept_model():
     gpt = GPT(ModelConfig(vocab_size=V))
@@ -144,7 +136,6 @@ def concept_model():
     return ("concept model: gradient for h only", "by FLOPs", 3 * whole / (2 * whole - lower),
             plain, fast)
 
-
 def last_block():
     gpt = GPT(ModelConfig(block_size=T, vocab_size=V, n_layer=8, n_head=8, n_embd=D, insert="pause",
                           insert_layer=4))
@@ -160,7 +151,6 @@ def last_block():
     predicted = 2 * (12 * D ** 2 + D * 2 * T) / (2 * 2 * D ** 2 + 10 * D ** 2 + D * 2 * T)
     return ("last block: queries and MLP at the concept positions", "by FLOPs, of this block",
             predicted, plain, fast)
-
 
 def adamw():
     blocks = ((3 * D, D), (D, D), (4 * D, D), (D, 4 * D)) * 8
@@ -182,7 +172,6 @@ def adamw():
         return b[0].detach()
     return "AdamW, fused", "passes over memory: 16 → 7", 16 / 7, plain, fast
 
-
 def sae_gradient():
     top, x = kernels.topk(torch.randn(2048, C), K), torch.randn(2048, 768)
 
@@ -192,7 +181,6 @@ def sae_gradient():
     return ("SAE: decoder's gradient by sorted bags",
             "no (N, k, d) tensor written and read: 3 passes over it → 1", 3.0,
             plain, lambda: kernels.sparse_outer(top, x, C))
-
 
 def ntp_step(keep):
     """Print the median seconds of NTP's forward and backward at the 69M shape, in this process."""
@@ -207,7 +195,6 @@ def ntp_step(keep):
         row.optimizer.zero_grad(set_to_none=True)
     print(timed(step, row.device, TURNS))
 
-
 def kept_memory():
     """A line of the table: each setting alternates in processes of its own, which cannot reuse each
     other's memory."""
@@ -219,14 +206,12 @@ def kept_memory():
     return line_of("freed memory is kept (NTP, 69M: forward and backward)",
                    "else the kernel takes its pages and zeroes them for the next step", None, pairs)
 
-
 def line_of(name, why, predicted, pairs):
     """A line of the table, from the (plain, fast) seconds of each round."""
     slow, quick = (statistics.median(t) * 1e3 for t in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
     predicted = "–" if predicted is None else f"{predicted:.1f} ×"
     return f"| {name} | {why} | {predicted} | {ratio:.1f} × | {slow:.1f} | {quick:.1f} |"
-
 
 def compare(name, why, predicted, plain, fast):
     """A line of the table, once both are known to give the same."""
@@ -243,11 +228,9 @@ def compare(name, why, predicted, plain, fast):
         pairs.append((clocks[1] - clocks[0], clocks[2] - clocks[1]))
     return line_of(name, why, predicted, pairs)
 
-
 IDEAS = (staged_topk, label_loss, concept_head, compress, attribution, concept_model,
          lambda: head(N, "next-token head: loss with its gradient, in chunks of 512"),
          lambda: head(4 * N, "the same at 4 N"), last_block, adamw, sae_gradient)
-
 
 def main():
     keep_freed_memory()
@@ -262,7 +245,6 @@ def main():
     lines.append(kept_memory())
     print(lines[-1])
     (HERE / "optimisations.md").write_text("\n".join(lines) + "\n")
-
 
 if __name__ == "__main__":
     ntp_step(sys.argv[1]) if sys.argv[1:] else main()

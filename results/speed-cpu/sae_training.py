@@ -40,7 +40,6 @@ from support.tokens import Batches, load_tokens
 HERE = Path(__file__).resolve().parent
 HELD_OUT = 16384
 
-
 class Ours:
     def __init__(self, cfg, x, steps):
         torch.manual_seed(0)
@@ -58,7 +57,6 @@ class Ours:
         """(reconstruction, ids of the latents that fire)."""
         top = self.sae.encode(x)
         return self.sae.decode(top), top.indices[top.values > 0]
-
 
 class Theirs:
     def __init__(self, cfg, x, adam=True, aux_weight=0.0, dead_tokens=0):
@@ -96,7 +94,6 @@ class Theirs:
         out = self.sae(x)
         return out.sae_out, out.latent_indices[out.latent_acts > 0]
 
-
 def of_a_model(path, cfg):
     """Batches of the hidden states of a concept model: f(step) → (N, d)."""
     gpt, _ = load_gpt(path)
@@ -104,7 +101,6 @@ def of_a_model(path, cfg):
     batches = Batches(tokens, T, 8192 // T, gpt.config.vocab_size, 0)
     cfg = replace(cfg, concept_layer=1, buffer=8, seed=0)
     return HiddenStates(gpt, cfg, batches, torch.device("cpu")).__getitem__
-
 
 def made_up(d, cfg):
     """Normalised sums of 32 of n_concepts random directions, with Zipf's frequencies."""
@@ -120,7 +116,6 @@ def made_up(d, cfg):
                                          mode="sum"))[0]
     return states
 
-
 def quality(trainer, held_out, n_concepts):
     """(FVU, share of dead latents) on held-out states."""
     error, fires = 0, torch.zeros(n_concepts, dtype=torch.bool)
@@ -129,7 +124,6 @@ def quality(trainer, held_out, n_concepts):
             reconstruction, fired = trainer.reconstruct(x)
             error, fires[fired] = error + (x - reconstruction).pow(2).sum(), True
     return error / (held_out - held_out.mean(0)).pow(2).sum(), 1 - fires.float().mean()
-
 
 def measure(name, states, cfg):
     steps = cfg.max_tokens // cfg.batch_size
@@ -164,7 +158,6 @@ def measure(name, states, cfg):
         yield (f"| {name} | {key} | {cfg.batch_size / speed:,.0f} | {ratio:.2f} | {fvu:.3f} "
                f"| {dead:.1%} | {tokens:,} |")
 
-
 def main(path):
     keep_freed_memory()
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -179,7 +172,6 @@ def main(path):
     lines += measure("768 → 32 768, 32: made-up states", made_up(768, large), large)
     (HERE / "sae_training.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-
 
 if __name__ == "__main__":
     main(*sys.argv[1:])

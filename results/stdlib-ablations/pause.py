@@ -20,7 +20,6 @@ HERE = Path(__file__).resolve().parent
 RUNS = {"Pause": "pause", "Pause, residual": "pause_residual", "CoCoMix": "cocomix",
         "CoCoMix, residual": "cocomix_residual"}
 
-
 @torch.no_grad()
 def attention_shares(model, x):
     """[(block, share of h_t, share of itself)] for tokens x (B, T)."""
@@ -45,7 +44,6 @@ def attention_shares(model, x):
         h.remove()
     return found
 
-
 def main():
     lines = ["| run | block | at its own h | at itself | at all else |",
              "| --- | ---: | ---: | ---: | ---: |"]
@@ -61,7 +59,6 @@ def main():
             lines.append(f"| {name} | {block} | {own:.1%} | {itself:.1%} | {rest:.1%} |")
     (HERE / "pause.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-
 
 if __name__ == "__main__":
     main()

@@ -24,7 +24,6 @@ COLUMNS = {
     "fvu": "SAE's FVU", "dead_share": "dead latents",
     "commonest_share": "activations of the 16 most frequent", "labels": "concepts that are labels"}
 
-
 def command(threads, *words):
     """Run a script of the repository with so many threads → what it prints."""
     words = [str(word) for word in words]
@@ -34,15 +33,12 @@ def command(threads, *words):
         sys.exit(f"{' '.join(words)}: {done.stderr.strip().splitlines()[-1]}")
     return done.stdout
 
-
 def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
 
 def largest_norm(run):
     log = read(ROOT / run / "log.jsonl")
     return max(line["grad_norm"] for line in log if "grad_norm" in line and line["step"] > 20)
-
 
 def chain(seed, threads):
     """One chain → its row."""
@@ -66,17 +62,14 @@ def chain(seed, threads):
     return dict(seed=seed, threads=threads, **losses, **norms, **shares,
                 labels=int(used.replace(",", "")))
 
-
 def cell(name, value):
     if name.endswith("share"):
         return f"{value:.1%}"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
-
 def markdown(titles, rows):
     lines = [titles, ["---:"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
 
 def draw(rows):
     """Write spread.md, a line per run, and summary.md, a line per model."""
@@ -94,7 +87,6 @@ def draw(rows):
     titles = ["", "val loss, mean ± standard deviation", "lowest", "highest", "runs"]
     (HERE / "summary.md").write_text(markdown(titles, summary))
 
-
 def main():
     path = HERE / "spread.jsonl"
     rows = read(path) if path.is_file() else []
@@ -108,7 +100,6 @@ def main():
                 path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     draw(rows)
     print((HERE / "spread.md").read_text() + "\n" + (HERE / "summary.md").read_text())
-
 
 if __name__ == "__main__":
     main()

@@ -15,12 +15,10 @@ from model import load_model
 from support.checkpoint import load_checkpoint
 from support.engine import generate
 
-
 def seconds(f, *args, **kwargs):
     started = time.perf_counter()
     f(*args, **kwargs)
     return time.perf_counter() - started
-
 
 def report_cache(model, samples):
     prompt, new = torch.randint(model.config.vocab_size, (samples, 8)), samples * 256
@@ -29,7 +27,6 @@ def report_cache(model, samples):
     cached, plain = (new / statistics.median(t) for t in zip(*pairs, strict=True))
     ratio = statistics.median(b / a for a, b in pairs)
     print(f"{samples:8} {cached:7,.0f} tok/s {plain:5,.0f} tok/s {ratio:6.1f}")
-
 
 def report_sweep(model):
     prompt = torch.randint(model.config.vocab_size, (1, 128))
@@ -45,7 +42,6 @@ def report_sweep(model):
     print(f"\na sweep of 12 factors, prompt of 128, 64 new tokens: {together:.2f} s in one call, "
           f"{apart:.2f} s in 12: {statistics.median(b / a for a, b in pairs):.1f} times")
 
-
 def main(run):
     model = load_model(load_checkpoint(run))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of 3\n")
@@ -53,7 +49,6 @@ def main(run):
     for samples in (1, 4, 8):
         report_cache(model, samples)
     report_sweep(model)
-
 
 if __name__ == "__main__":
     main(*sys.argv[1:])

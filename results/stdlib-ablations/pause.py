@@ -49,7 +49,8 @@ def shares_of_run(name):
     content = load_checkpoint(HERE.parents[1] / "out" / "ablations" / name)
     model = load_model(content)
     c, tokens = model.config, tokens_of_run(content, "val")
-    return attention_shares(model, Batches(tokens, c.block_size, 16, c.vocab_size, shift=False)[0][0])
+    idx, _ = Batches(tokens, c.block_size, 16, c.vocab_size, shift=False)[0]
+    return attention_shares(model, idx)
 
 def main():
     lines = ["| run | block | at its own h | at itself | at all else |",
@@ -60,7 +61,8 @@ def main():
         runs = [shares_of_run(f"{folder}-{seed}") for seed in SEEDS]
         for block in runs[0]:
             own, itself = (statistics.fmean(run[block][i] for run in runs) for i in (0, 1))
-            lines.append(f"| {name} | {block} | {own:.1%} | {itself:.1%} | {1 - own - itself:.1%} |")
+            rest = 1 - own - itself
+            lines.append(f"| {name} | {block} | {own:.1%} | {itself:.1%} | {rest:.1%} |")
     (HERE / "pause.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

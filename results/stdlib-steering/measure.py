@@ -1,6 +1,6 @@
 """Measured steering of three runs: python results/stdlib-steering/measure.py
 
-The runs are the chains of results/stdlib-demo (spread.py) with seeds 1 to 3 and one thread. Each
+The runs are the chains of results/stdlib-demo (spread.py) with seeds 1 to 3 and two threads. Each
 has its own concept model, SAE and concepts. steering.jsonl keeps a line for each seed, model,
 concept and factor; table-SEED.txt is what eval.py prints; table.md has mean ± standard deviation
 over the seeds.
@@ -24,7 +24,7 @@ def measure(seed):
     """The rows of one run's steering, with its seed."""
     rows = HERE / "rows.jsonl"
     rows.unlink(missing_ok=True)
-    words = ["eval.py", f"out/spread/{seed}-1/cocomix", "--steering", f"--write={rows}"]
+    words = ["eval.py", f"out/spread/{seed}-2/cocomix", "--steering", f"--write={rows}"]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, text=True, capture_output=True)
     if done.returncode:
         sys.exit(done.stderr.strip().splitlines()[-1])

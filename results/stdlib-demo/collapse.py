@@ -4,6 +4,9 @@
         --out_dir=out/collapse/gpt          # the old settings, default seed, two threads
     python sae.py config/stdlib_sae.py --concept_model=out/collapse/gpt --out_dir=out/collapse/sae
     python results/stdlib-demo/collapse.py out/collapse out/spread/1-2      # writes collapse.md
+    python train.py config/stdlib_cocomix.py --concept_model=out/collapse/gpt \
+        --sae=out/collapse/sae --seed=1 --out_dir=out/collapse/cocomix      # new settings
+    python eval.py out/collapse/cocomix out/spread/1-2/cocomix out/spread/1-2/ntp   # collapse.txt
 
 Each argument is a folder with a concept model, gpt, and its SAE, sae. Measured on 32 blocks of val,
 on the normalised hidden states that the SAE reads.

@@ -53,11 +53,10 @@ def train_bpe(texts, vocab_size):
                 old, words[i] = words[i], merge(words[i], pair)
                 for p in pairwise(old):
                     pairs[p] -= counts[i]
-                    changed.add(p)
                 for p in pairwise(words[i]):
                     pairs[p] += counts[i]
                     where[p].add(i)
-                    changed.add(p)
+                changed.update(pairwise(old), pairwise(words[i]))
             for p in changed:
                 if pairs[p] > 0:
                     heapq.heappush(heap, (-pairs[p], p))

@@ -13,6 +13,7 @@ import base64
 import json
 import mmap
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from support.runtime import UserError
 
 import numpy as np
 import tiktoken
+import torch
 
 from support.files import fingerprint
 
@@ -39,42 +41,39 @@ def load_tokenizer(name):
         try:
             return tiktoken.get_encoding("gpt2")
         except Exception as e:  # any of requests' errors
-            raise UserError(
-                f"can't fetch GPT-2's tokenizer ({type(e).__name__}); without a network, set "
-                "TIKTOKEN_CACHE_DIR to a folder that tiktoken filled on another machine, or use a "
-                f".tiktoken file ({TRAIN_ONE})") from e
+            raise UserError(f"can't fetch GPT-2's tokenizer ({type(e).__name__}); set "
+                            "TIKTOKEN_CACHE_DIR to a folder that tiktoken filled on another "
+                            f"machine, or {TRAIN_ONE}") from e
     path = ROOT / "stdlib" / "bpe.tiktoken" if name == "stdlib" else Path(name)
     if not path.is_file():
         path = ROOT.parent / path
     if not path.is_file():
-        raise UserError(f"no tokenizer {name!r}: use gpt2, stdlib or a .tiktoken file "
-                        f"({TRAIN_ONE})")
+        raise UserError(f"no tokenizer {name!r}: use gpt2, stdlib or a .tiktoken file, or "
+                        f"{TRAIN_ONE}")
     try:
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         assert sorted(ranks.values()) == list(range(len(ranks))) and len(ranks) >= 256
     except Exception as e:
-        raise UserError(f"{path} is not a tokenizer: each line must hold a base64 token and its "
-                        "rank") from e
+        raise UserError(f"{path} is not a tokenizer: expected a base64 token and its rank per line"
+                        ) from e
     return tiktoken.Encoding(path.stem, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks,
                              special_tokens={END_OF_TEXT: len(ranks)})
 
 def tokenizer_hash(name, tokenizer):
     """Identifies a tokenizer whatever its name: "gpt2", or a hash of the tokens in rank order."""
-    if name == "gpt2":
-        return name
     ranks = tokenizer._mergeable_ranks
-    return fingerprint(*sorted(ranks, key=ranks.get))
+    return name if name == "gpt2" else fingerprint(*sorted(ranks, key=ranks.get))
 
 def dataset_dir(dataset):
     """The folder of a prepared dataset, given a name under data/ or a path."""
     folder = ROOT / dataset if (ROOT / dataset).is_dir() else Path(dataset)
     if not (folder / "meta.json").is_file():
-        if (ROOT / dataset / "prepare.py").is_file() and dataset != "text":
-            raise UserError(f"dataset {dataset!r} is not prepared; run: "
-                            f"python data/{dataset}/prepare.py")
-        raise UserError(f"no dataset {dataset!r} (no {folder / 'meta.json'}); create it: "
-                        f"python data/text/prepare.py --input FILES --out {folder}")
+        script = f"{dataset}/prepare.py"
+        if dataset == "text" or not (ROOT / script).is_file():
+            script = f"text/prepare.py --input FILES --out {folder}"
+        raise UserError(f"no dataset {dataset!r} (no {folder / 'meta.json'}); run: "
+                        f"python data/{script}")
     return folder
 
 def load_meta(dataset):
@@ -128,11 +127,13 @@ def check_tokenizer(cfg, meta, tokenizer, gpt):
         raise UserError(f"block_size={cfg.block_size} is over the concept model's "
                         f"{gpt.config.block_size}")
 
-def check_range(rows, vocab_size):
-    """Refuse tokens beyond the vocabulary: an embedding lookup would read past its end."""
-    if rows.max() >= vocab_size:
-        raise UserError(f"token {rows.max()} in the data is beyond the vocabulary of {vocab_size}: "
-                        "a .bin file and meta.json don't match; prepare the dataset again")
+def to_tensor(tokens, vocab_size):
+    """An array of tokens as int64. UserError: an embedding lookup would read past its end."""
+    if tokens.max() >= vocab_size:
+        raise UserError(f"token {tokens.max()} in the data is beyond the vocabulary of "
+                        f"{vocab_size}: a .bin file and meta.json don't match; prepare the dataset "
+                        "again")
+    return torch.from_numpy(tokens.astype(np.int64))
 
 class Batches:
     """The batches of a split, a pure function of (seed, step).
@@ -156,16 +157,15 @@ class Batches:
         self.seed, self.shift, self.rank = seed, shift, rank
         largest_offset = block_size - 1 if shift else 0
         self.blocks = (len(tokens) - 1 - largest_offset) // block_size  # per epoch
-        self._epoch = None  # (epoch, offset, order) of the latest epoch
+        self._order = lru_cache(1)(self._order)  # of the latest epoch
 
     def _order(self, epoch):
-        if self._epoch is None or self._epoch[0] != epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            offset = int(rng.integers(self.block_size)) if self.shift else 0
-            order = np.arange(self.blocks, dtype=np.uint32)
-            rng.shuffle(order)
-            self._epoch = epoch, offset, order
-        return self._epoch[1:]
+        """(offset, order of the blocks)"""
+        rng = np.random.default_rng([self.seed, epoch])
+        offset = int(rng.integers(self.block_size)) if self.shift else 0
+        order = np.arange(self.blocks, dtype=np.uint32)
+        rng.shuffle(order)
+        return offset, order
 
     def starts(self, step):
         """Positions in the file at which this rank's blocks start: (rows,) int64."""
@@ -177,11 +177,8 @@ class Batches:
         return np.array(starts)
 
     def __getitem__(self, step):
-        import torch
         rows = [self.tokens[s:s + self.block_size + 1] for s in self.starts(step)]
-        rows = np.stack(rows).astype(np.int64)
-        check_range(rows, self.vocab_size)
-        rows = torch.from_numpy(rows)
+        rows = to_tensor(np.stack(rows), self.vocab_size)
         # contiguous, so that copies to a GPU can be asynchronous
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
@@ -191,8 +188,6 @@ class Batches:
         labels: None, or the stored labels of all unshifted blocks (blocks, block_size, attr_k); a
         batch gets its own, (rows, block_size, attr_k) int64.
         """
-        import torch
-
         def load(step):
             batch = list(self[step])
             if labels is not None:
@@ -213,15 +208,10 @@ def sequential(tokens, block_size, batch_size, vocab_size):
 
     Yields (x, y), each (rows, ≤ block_size) int64. The last, shorter block is a batch of its own.
     """
-    import torch
     targets = len(tokens) - 1
     whole = targets // block_size * block_size  # targets in complete blocks
-    bounds = [*range(0, whole, batch_size * block_size), whole]
-    if whole < targets:
-        bounds.append(targets)
+    bounds = sorted({*range(0, whole, batch_size * block_size), whole, targets})
     for first, end in pairwise(bounds):
-        chunk = tokens[first:end + 1].astype(np.int64)
-        check_range(chunk, vocab_size)
-        chunk = torch.from_numpy(chunk)
+        chunk = to_tensor(tokens[first:end + 1], vocab_size)
         rows = max(1, (end - first) // block_size)
         yield chunk[:-1].view(rows, -1), chunk[1:].view(rows, -1)

@@ -21,8 +21,8 @@ def encode(tokenizer, pieces):
     except BaseException as e:
         if type(e).__name__ != "PanicException":  # tiktoken's; not a subclass of Exception
             raise
-        raise UserError(f"the tokenizer {tokenizer.name} failed on a piece of the text, such as a "
-                        f"very long run of spaces; clean the text ({e})") from None
+        raise UserError(f"tokenizer {tokenizer.name} failed on the text, perhaps on a very long "
+                        f"run of spaces; clean the text ({e})") from None
     for tokens, (_, ends) in zip(encoded, pieces, strict=True):
         ids += tokens + [tokenizer.eot_token] * ends
     return np.array(ids, dtype="<u2").tobytes()
@@ -58,11 +58,8 @@ def write_meta(folder, tokenizer_name, tokenizer, counts, **more):
     meta |= {f"{split}_tokens": n for split, n in counts.items()} | more
     with atomic_write(Path(folder) / "meta.json") as file:
         file.write(json.dumps(meta, indent=1).encode() + b"\n")
-    print(f"{folder}: {summary(meta)}")
-
-def summary(meta):
-    return (f"{meta['train_tokens']:,} train tokens, {meta['val_tokens']:,} val tokens, tokenizer "
-            f"{meta['tokenizer']} ({meta['vocab_size']} tokens)")
+    print(f"{folder}: {counts['train']:,} train tokens, {counts['val']:,} val tokens, tokenizer "
+          f"{tokenizer_name} ({tokenizer.n_vocab} tokens)")
 
 def write_dataset(folder, splits, tokenizer_name, tokenizer, **more):
     """Write train.bin and val.bin from {split: stream of (text, whether a document ends there)},
@@ -79,16 +76,18 @@ def write_dataset(folder, splits, tokenizer_name, tokenizer, **more):
 def already_prepared(folder, wanted, replace=False):
     """True, and a line printed, if a folder has an intact dataset with the entries `wanted` in
     meta.json. UserError: it has another dataset, and replace=False."""
+    folder = Path(folder).resolve()  # not a name under data/
     try:
         meta = load_meta(folder)
         found = {name: meta.get(name) for name in wanted}
         if found == wanted:
             load_tokens(folder, "train"), load_tokens(folder, "val")
-            print(f"{folder}: already prepared ({summary(meta)})")
+            print(f"{folder}: already prepared")
             return True
     except UserError:  # missing or damaged
         return False
     if not replace:
-        raise UserError(f"{folder} holds a dataset of other files or keys ({reprlib.repr(found)}); "
-                        "overwrite it with --force or choose another folder: --out=FOLDER")
+        found = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in found.items())
+        raise UserError(f"{folder} holds a dataset of other files or keys ({found}); overwrite it "
+                        "with --force or choose another folder: --out=FOLDER")
     return False

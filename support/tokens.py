@@ -5,9 +5,8 @@ A dataset is a folder (data/NAME, or any path) written by a prepare.py:
     train.bin, val.bin   token ids, little-endian uint16, an end-of-text token after each document
     meta.json            tokenizer, vocab_size, number of tokens per split, a hash of the source
 
-The token files are memory-mapped, so opening billions of tokens is instant. The global batch is a
-pure function of (seed, step), and ranks and micro batches are slices of it. A checkpoint therefore
-only has to store the step, and a run can resume with a different number of processes.
+The token files are memory-mapped, so opening billions of tokens is instant. Ranks and micro batches
+are slices of the global batch, so a run can resume with a different number of processes.
 """
 import base64
 import json
@@ -41,22 +40,19 @@ def load_tokenizer(name):
         try:
             return tiktoken.get_encoding("gpt2")
         except Exception as e:  # any of requests' errors
-            raise UserError(f"can't fetch GPT-2's tokenizer ({type(e).__name__}); set "
-                            "TIKTOKEN_CACHE_DIR to a folder that tiktoken filled on another "
-                            f"machine, or {TRAIN_ONE}") from e
+            raise UserError(f"can't fetch GPT-2's tokenizer ({type(e).__name__}); {TRAIN_ONE}, or "
+                            "set TIKTOKEN_CACHE_DIR to a folder that tiktoken has filled") from e
     path = ROOT / "stdlib" / "bpe.tiktoken" if name == "stdlib" else Path(name)
     if not path.is_file():
         path = ROOT.parent / path
     if not path.is_file():
-        raise UserError(f"no tokenizer {name!r}: use gpt2, stdlib or a .tiktoken file, or "
-                        f"{TRAIN_ONE}")
+        raise UserError(f"no tokenizer {name!r}: use gpt2, stdlib, a .tiktoken file or {TRAIN_ONE}")
     try:
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         assert sorted(ranks.values()) == list(range(len(ranks))) and len(ranks) >= 256
     except Exception as e:
-        raise UserError(f"{path} is not a tokenizer: expected a base64 token and its rank per line"
-                        ) from e
+        raise UserError(f"{path} is not a tokenizer: no lines of base64 token and rank") from e
     return tiktoken.Encoding(path.stem, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks,
                              special_tokens={END_OF_TEXT: len(ranks)})
 
@@ -99,8 +95,8 @@ def mapped(path, dtype, offset=0):
 
 def load_tokens(dataset, split):
     """The tokens of a split, memory-mapped: (N,) uint16. UserError: missing, empty or cut short."""
-    folder, meta = dataset_dir(dataset), load_meta(dataset)
-    path, expected = folder / f"{split}.bin", 2 * meta[f"{split}_tokens"]
+    path = dataset_dir(dataset) / f"{split}.bin"
+    expected = 2 * load_meta(dataset)[f"{split}_tokens"]
     if not path.is_file():
         raise UserError(f"{path} is missing; prepare the dataset again")
     size = path.stat().st_size
@@ -123,16 +119,15 @@ def check_tokenizer(cfg, meta, tokenizer, gpt):
     if meta["tokenizer_hash"] != tokenizer:
         raise UserError(f"dataset {cfg.dataset!r} has the tokens of {meta['tokenizer']!r}, but the "
                         f"concept model {cfg.concept_model} was trained with another tokenizer")
-    if cfg.block_size and cfg.block_size > gpt.config.block_size:
-        raise UserError(f"block_size={cfg.block_size} is over the concept model's "
-                        f"{gpt.config.block_size}")
+    limit = gpt.config.block_size
+    if cfg.block_size and cfg.block_size > limit:
+        raise UserError(f"block_size={cfg.block_size} is over the concept model's {limit}")
 
 def to_tensor(tokens, vocab_size):
     """An array of tokens as int64. UserError: an embedding lookup would read past its end."""
     if tokens.max() >= vocab_size:
-        raise UserError(f"token {tokens.max()} in the data is beyond the vocabulary of "
-                        f"{vocab_size}: a .bin file and meta.json don't match; prepare the dataset "
-                        "again")
+        raise UserError(f"token {tokens.max()} is beyond the vocabulary of {vocab_size}: a .bin "
+                        "file and meta.json don't match; prepare the dataset again")
     return torch.from_numpy(tokens.astype(np.int64))
 
 class Batches:
@@ -147,8 +142,7 @@ class Batches:
     def __init__(self, tokens, block_size, batch_size, vocab_size, seed=0, shift=True, rank=0,
                  world_size=1):
         if batch_size % world_size:
-            raise UserError(f"batch_size={batch_size} is not divisible by the {world_size} "
-                            "processes; use a multiple")
+            raise UserError(f"{batch_size=} is not divisible by the {world_size} processes")
         if len(tokens) < 2 * block_size:
             raise UserError(f"a split has only {len(tokens)} tokens, too few for "
                             f"block_size={block_size}; it needs {2 * block_size}")
@@ -196,11 +190,10 @@ class Batches:
             return [t.pin_memory() for t in batch] if device.type == "cuda" else batch
 
         with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(load, start) if start < stop else None
+            ahead = pool.submit(load, start)
             for step in range(start, stop):
                 batch = [t.to(device, non_blocking=True) for t in ahead.result()]
-                if step + 1 < stop:
-                    ahead = pool.submit(load, step + 1)
+                ahead = pool.submit(load, step + 1)
                 yield batch[0], batch[1], batch[2] if labels is not None else None
 
 def sequential(tokens, block_size, batch_size, vocab_size):

@@ -45,9 +45,8 @@ def jsonl_pieces(file, path):
         if line.strip():
             try:
                 text = json.loads(line)["text"]
-                if not isinstance(text, str):
-                    raise TypeError(f"text is {type(text).__name__}")
-            except (json.JSONDecodeError, KeyError, RecursionError, TypeError) as e:
+                assert isinstance(text, str), type(text)
+            except (AssertionError, KeyError, RecursionError, TypeError, ValueError) as e:
                 raise UserError(f"{path}, line {number}: expected a JSON object with a text field "
                                 f"'text' ({type(e).__name__}: {e})") from e
             yield text, True

@@ -39,7 +39,7 @@ def train_bpe(texts, vocab_size):
     with progress(vocab_size - 1, "BPE", "token", initial=len(ranks)) as bar:
         while len(ranks) < vocab_size - 1 and heap:
             n, first, second, pair = heapq.heappop(heap)
-            if n == 0 or pairs[pair] != -n:  # gone, or outdated: its current count is in the heap, too
+            if n == 0 or pairs[pair] != -n:  # gone, or outdated: the current entry is there, too
                 continue
             if first + second not in ranks:  # two pairs can form the same token
                 ranks[first + second] = len(ranks)

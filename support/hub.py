@@ -22,8 +22,7 @@ from support.files import atomic_write, fingerprint
 from support.prepare import already_prepared, write_meta, write_tokens
 from support.tokens import load_tokenizer, tokenizer_hash
 
-HELD_OUT, SEED = 0.0005, 2357  # nanoGPT's
-BYTES_PER_TOKEN = 3.5          # of text; a low estimate, for the check of disk space
+BYTES_PER_TOKEN = 3.5  # of text; a low estimate, for the check of disk space
 
 @dataclass(frozen=True)
 class Config:
@@ -72,7 +71,7 @@ def parquet_files(source, num_docs):
 
 def held_out_of(n):
     """Numbers of the documents held out of n, in writing order; at least 20, for small trials."""
-    return np.random.default_rng(SEED).permutation(n)[:max(20, math.ceil(HELD_OUT * n))]
+    return np.random.default_rng(2357).permutation(n)[:max(20, math.ceil(0.0005 * n))]
 
 def encode(file, part, tokenizer, bar):
     """Encode a File into a part file."""

@@ -56,12 +56,10 @@ def open_labels(concept_model, keys):
 def check_labels(path, header):
     """UserError unless the file is complete and has this header."""
     found, size = read_header(path), HEADER + header["shape"][0] * bytes_per_block(header)
-    if found is None or found == header and path.stat().st_size != size:
-        raise UserError(f"{path} is damaged or cut short; remove it and write it again: {COMMAND}")
-    if found != header:
-        other = ", ".join(name for name in header if found.get(name) != header[name])
-        raise UserError(f"{path} holds labels of another {other}; remove it and write it again: "
-                        f"{COMMAND}")
+    other = ", ".join(name for name in header if found and found.get(name) != header[name])
+    if other or not found or path.stat().st_size != size:
+        problem = f"holds labels of another {other}" if other else "is damaged or cut short"
+        raise UserError(f"{path} {problem}; remove it and write it again: {COMMAND}")
 
 def write_labels(concept_model, keys, vocab_size, device):
     """Write the labels of all train tokens next to them; returns the path. An interrupted call

@@ -118,9 +118,8 @@ def main(argv):
                  tokenizer=cfg.tokenizer, bpe_chars=cfg.bpe_chars)
     if not cfg.force and already_prepared(cfg.out, dict(asked=asked)):
         return
-    if cfg.val:
-        splits = dict(train=stream(cfg.input), val=stream(cfg.val))
-    else:
+    splits = dict(train=stream(cfg.input), val=stream(cfg.val))
+    if not cfg.val:
         splits = dict(train=stream(cfg.input, False), val=stream(cfg.input, True))
     write_dataset(cfg.out, splits, *get_tokenizer(cfg), asked=asked)
 

@@ -56,8 +56,8 @@ def parquet_files(source, num_docs):
                 size = sum(footer.row_group(i).column(column).total_uncompressed_size
                            for i in range(footer.num_row_groups))
                 take = min(rows, (num_docs or math.inf) - first)
-                url = fs.unstrip_protocol(path)
-                files.append(File(url, first, take, size * take // max(1, rows)))
+                size = size * take // max(1, rows)
+                files.append(File(fs.unstrip_protocol(path), first, take, size))
                 first += take
                 bar.update()
                 if first == num_docs:

@@ -57,7 +57,7 @@ def check_labels(path, header):
     """UserError unless the file is complete and has this header."""
     found, size = read_header(path), HEADER + header["shape"][0] * bytes_per_block(header)
     other = ", ".join(name for name in header if found and found.get(name) != header[name])
-    if other or not found or path.stat().st_size != size:
+    if found != header or path.stat().st_size != size:
         problem = f"holds labels of another {other}" if other else "is damaged or cut short"
         raise UserError(f"{path} {problem}; remove it and write it again: {COMMAND}")
 

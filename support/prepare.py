@@ -42,8 +42,7 @@ def write_tokens(path, pieces, tokenizer, bar=None):
     """Encode a stream of (text, whether a document ends there) into a .bin file. Returns the number
     of tokens. bar: advanced by the number of characters."""
     if tokenizer.n_vocab > 1 << 16:
-        raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens; token files "
-                        "(uint16) hold at most 65536")
+        raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens, over 65536")
     with atomic_write(path) as file:
         for group in groups(pieces):
             file.write(encode(tokenizer, group))

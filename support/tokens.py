@@ -68,8 +68,7 @@ def dataset_dir(dataset):
         script = f"{dataset}/prepare.py"
         if dataset == "text" or not (ROOT / script).is_file():
             script = f"text/prepare.py --input FILES --out {folder}"
-        raise UserError(f"no dataset {dataset!r} (no {folder / 'meta.json'}); run: "
-                        f"python data/{script}")
+        raise UserError(f"no dataset {dataset!r}: no {folder}/meta.json; run python data/{script}")
     return folder
 
 def load_meta(dataset):
@@ -82,8 +81,7 @@ def load_meta(dataset):
                 raise TypeError(f"{name}={meta[name]!r}")
         return meta
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is damaged ({type(e).__name__}: {e}); prepare the dataset "
-                        "again") from e
+        raise UserError(f"{path} is damaged ({e!r}); prepare the dataset again") from e
 
 def mapped(path, dtype, offset=0):
     """A memory-mapped flat array of a file's content from byte `offset`, for random access."""
@@ -149,8 +147,7 @@ class Batches:
         self.tokens, self.block_size, self.vocab_size = tokens, block_size, vocab_size
         self.batch_size, self.rows = batch_size, batch_size // world_size
         self.seed, self.shift, self.rank = seed, shift, rank
-        largest_offset = block_size - 1 if shift else 0
-        self.blocks = (len(tokens) - 1 - largest_offset) // block_size  # per epoch
+        self.blocks = (len(tokens) - (block_size if shift else 1)) // block_size  # per epoch
         self._order = lru_cache(1)(self._order)  # of the latest epoch
 
     def _order(self, epoch):

@@ -37,7 +37,7 @@ class Config:
     force: bool = key(False, "prepare an intact dataset again")
 
 def read_library():
-    """({split: texts}, hash of all files) of the standard library."""
+    """({split: [(text, True)]}, hash of all files) of the standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
     splits, contents = dict(train=[], val=[]), []
     for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
@@ -48,23 +48,22 @@ def read_library():
         text = (root / name).read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
         contents += [name.encode(), text.encode()]
         if text.strip():
-            splits["val" if module in VAL else "train"].append(text)
+            splits["val" if module in VAL else "train"].append((text, True))
     return splits, fingerprint(*contents)
 
 def main(argv):
     cfg, _ = parse(Config, argv, __doc__, most=0, files=False)
     splits, digest = read_library()
     if cfg.train_bpe:
-        save_bpe(train_bpe(splits["train"], cfg.train_bpe), HERE / "bpe.tiktoken")
+        texts = [text for text, _ in splits["train"]]
+        save_bpe(train_bpe(texts, cfg.train_bpe), HERE / "bpe.tiktoken")
     tokenizer = load_tokenizer("stdlib")
     wanted = dict(source_hash=digest, tokenizer_hash=tokenizer_hash("stdlib", tokenizer))
     if not cfg.force and already_prepared(cfg.out, wanted, replace=True):
         return
-    documents = {split: [(text, True) for text in texts] for split, texts in splits.items()}
-    write_dataset(cfg.out, documents, "stdlib", tokenizer,
-                  source=f"the standard library of Python {platform.python_version()}",
-                  source_hash=digest, train_files=len(splits["train"]),
-                  val_files=len(splits["val"]))
+    source = f"the standard library of Python {platform.python_version()}"
+    write_dataset(cfg.out, splits, "stdlib", tokenizer, source=source, source_hash=digest,
+                  train_files=len(splits["train"]), val_files=len(splits["val"]))
 
 if __name__ == "__main__":
     run(main)

@@ -47,8 +47,7 @@ def jsonl_pieces(file, path):
                 text = json.loads(line)["text"]
                 assert isinstance(text, str), type(text)
             except (AssertionError, KeyError, RecursionError, TypeError, ValueError) as e:
-                raise UserError(f"{path}, line {number}: expected a JSON object with a text field "
-                                f"'text' ({type(e).__name__}: {e})") from e
+                raise UserError(f"{path}, line {number}: expected JSON with a text ({e!r})") from e
             yield text, True
 
 def txt_pieces(file):

@@ -175,10 +175,8 @@ class Batches:
 
     def prefetch(self, start, stop, device, labels=None):
         """Yield (x, y, labels) of steps start … stop-1 on `device`; a thread prepares the next one.
-
         labels: None, or the stored labels of all unshifted blocks (blocks, block_size, attr_k); a
-        batch gets its own, (rows, block_size, attr_k) int64.
-        """
+        batch gets its own, (rows, block_size, attr_k) int64."""
         def load(step):
             batch = list(self[step])
             if labels is not None:
@@ -194,10 +192,8 @@ class Batches:
                 yield batch[0], batch[1], batch[2] if labels is not None else None
 
 def sequential(tokens, block_size, batch_size, vocab_size):
-    """A whole split in order; every token but the first is a target exactly once.
-
-    Yields (x, y), each (rows, ≤ block_size) int64. The last, shorter block is a batch of its own.
-    """
+    """A whole split in order, every token but the first a target exactly once: yields (x, y), each
+    (rows, ≤ block_size) int64. The last, shorter block is a batch of its own."""
     targets = len(tokens) - 1
     whole = targets // block_size * block_size  # targets in complete blocks
     bounds = sorted({*range(0, whole, batch_size * block_size), whole, targets})

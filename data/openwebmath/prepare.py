@@ -4,8 +4,7 @@
     python data/openwebmath/prepare.py --num_docs=20000  # a small trial: the first documents only
     python data/openwebmath/prepare.py --source=FOLDER   # no network: from the hub's parquet files
 
-Streams up to 27 GB from the hub and needs about 60 GB of disk, 30 GB when done. If interrupted, run
-the same command to resume.
+Streams up to 27 GB and needs about 60 GB of disk, 30 GB when done. Run it again to resume.
 """
 import sys
 from pathlib import Path

@@ -4,8 +4,7 @@
     python data/openwebtext/prepare.py --num_docs=20000  # a small trial: the first documents only
     python data/openwebtext/prepare.py --source=FOLDER   # no network: from the hub's parquet files
 
-Streams about 24 GB from the hub and needs about 45 GB of disk, 18 GB when done. If interrupted, run
-the same command to resume.
+Streams about 24 GB and needs about 45 GB of disk, 18 GB when done. Run it again to resume.
 """
 import sys
 from pathlib import Path

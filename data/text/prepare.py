@@ -4,11 +4,10 @@
     python data/text/prepare.py --input a.jsonl.xz --val b.jsonl.xz --tokenizer=bpe:4096
     python train.py config/stdlib_ntp.py --dataset=mine --out_dir=out/mine
 
-Reads UTF-8 text, plain, .gz or .xz: .txt (one document) or .jsonl (one per line, in the field
-`text`). Input is streamed, so memory use stays constant. Without --val, every 20th piece of about
-16,000 characters is held out. bpe:N trains a tokenizer with N tokens and stores it in the folder,
-with a hash of its content in the name; other datasets can use it by its path. Running the command
-again on the same files (by name and size) does nothing.
+Streams UTF-8 text, plain, .gz or .xz: .txt (one document) or .jsonl (one per line, in the field
+`text`). Without --val, every 20th piece of about 16,000 characters is held out. bpe:N trains a
+tokenizer with N tokens and stores it in the folder; other datasets can use it by its path. Running
+the command again on the same files (by name and size) does nothing.
 """
 import gzip
 import json

@@ -11,15 +11,6 @@ import regex
 from support.files import atomic_write
 from support.tokens import SPLIT_PATTERN
 
-def merge(word, pair):
-    """A list of tokens with each occurrence of the pair replaced by one token."""
-    merged, i = [], 0
-    while i < len(word):
-        found = tuple(word[i:i + 2]) == pair
-        merged.append(pair[0] + pair[1] if found else word[i])
-        i += 2 if found else 1
-    return merged
-
 def train_bpe(texts, vocab_size):
     """The ranks {token: rank} of a vocabulary of vocab_size tokens, including end-of-text.
 
@@ -29,7 +20,8 @@ def train_bpe(texts, vocab_size):
     counts = Counter()
     for text in texts:
         counts.update(regex.findall(SPLIT_PATTERN, text))
-    words = [[bytes([b]) for b in word.encode("utf-8", "replace")] for word in counts]
+    # in a word, each token is the character whose code is the token's rank
+    words = [word.encode("utf-8", "replace").decode("latin-1") for word in counts]
     counts = list(counts.values())
     pairs, where = Counter(), defaultdict(set)  # how often a pair occurs, and in which words
     for i, word in enumerate(words):
@@ -37,34 +29,37 @@ def train_bpe(texts, vocab_size):
             pairs[pair] += counts[i]
             where[pair].add(i)
     ranks = {bytes([b]): b for b in range(256)}
-    heap = [(-n, pair) for pair, n in pairs.items()]
+    tokens = list(ranks)
+
+    def entry(pair):  # in the heap
+        return -pairs[pair], tokens[ord(pair[0])], tokens[ord(pair[1])], pair
+
+    heap = [entry(pair) for pair in pairs]
     heapq.heapify(heap)
     with progress(vocab_size - 1, "BPE", "token", initial=len(ranks)) as bar:
         while len(ranks) < vocab_size - 1 and heap:
-            n, pair = heapq.heappop(heap)
-            if pairs[pair] != -n:  # an outdated entry; the pair's current count is in the heap, too
+            n, first, second, pair = heapq.heappop(heap)
+            if n == 0 or pairs[pair] != -n:  # gone, or outdated: the current entry is there, too
                 continue
-            token = pair[0] + pair[1]
-            if token not in ranks:  # two pairs can form the same token
-                ranks[token] = len(ranks)
+            if first + second not in ranks:  # two pairs can form the same token
+                ranks[first + second] = len(ranks)
+                tokens.append(first + second)
                 bar.update()
-            changed = set()
+            changed, merged = set(), chr(ranks[first + second])
             for i in where.pop(pair):
-                old, words[i] = words[i], merge(words[i], pair)
+                old, words[i] = words[i], words[i].replace("".join(pair), merged)
                 for p in pairwise(old):
                     pairs[p] -= counts[i]
-                    changed.add(p)
                 for p in pairwise(words[i]):
                     pairs[p] += counts[i]
                     where[p].add(i)
-                    changed.add(p)
+                changed.update(pairwise(old), pairwise(words[i]))
             for p in changed:
-                if pairs[p] > 0:
-                    heapq.heappush(heap, (-pairs[p], p))
+                heapq.heappush(heap, entry(p))
     return ranks
 
 def save_bpe(ranks, path):
     """Write ranks in tiktoken's format: one line per token, base64 and rank."""
     with atomic_write(path) as file:
-        for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-            file.write(base64.b64encode(token) + b" %d\n" % rank)
+        for token in sorted(ranks, key=ranks.get):
+            file.write(base64.b64encode(token) + b" %d\n" % ranks[token])

@@ -1,7 +1,7 @@
 """Datasets of the Hugging Face hub: parquet files with a column `text`, streamed.
 
-Each file is encoded into two part files, written atomically; an interrupted run resumes at the
-first file without them. In the end the parts are joined into train.bin and val.bin.
+Each file is encoded into a part file, written atomically; an interrupted run resumes at the first
+file without one. In the end the documents of all parts are divided into train.bin and val.bin.
 
 The held-out documents are nanoGPT's: 0.05% of all, in the order of a permutation with seed 2357
 (`train_test_split` of the datasets package). The others keep the hub's order.
@@ -19,11 +19,10 @@ import numpy as np
 
 from support.cli import key, parse
 from support.files import atomic_write, fingerprint
-from support.prepare import finished, write_meta, write_tokens
+from support.prepare import already_prepared, write_meta, write_tokens
 from support.tokens import load_tokenizer, tokenizer_hash
 
-HELD_OUT, SEED = 0.0005, 2357  # nanoGPT's
-BYTES_PER_TOKEN = 3.5          # of text; a low estimate, for the check of disk space
+BYTES_PER_TOKEN = 3.5  # of text; a low estimate, for the check of disk space
 
 @dataclass(frozen=True)
 class Config:
@@ -54,17 +53,15 @@ def parquet_files(source, num_docs):
                 with fs.open(path, block_size=1 << 16) as file:
                     footer = pyarrow.parquet.read_metadata(file)
                 column, rows = footer.schema.names.index("text"), footer.num_rows
-                groups = [footer.row_group(i).column(column) for i in range(footer.num_row_groups)]
-                size = sum(group.total_uncompressed_size for group in groups)
+                size = sum(footer.row_group(i).column(column).total_uncompressed_size
+                           for i in range(footer.num_row_groups))
                 take = min(rows, (num_docs or math.inf) - first)
-                url = fs.unstrip_protocol(path)
-                files.append(File(url, first, take, size * take // max(1, rows)))
+                size = size * take // max(1, rows)
+                files.append(File(fs.unstrip_protocol(path), first, take, size))
                 first += take
                 bar.update()
                 if first == num_docs:
                     break
-    except ImportError as e:
-        raise UserError("datasets of the hub need: pip install -r requirements.txt") from e
     except Exception as e:  # offline, the hub's client raises one of many kinds
         raise UserError(f"{source} can't be read ({type(e).__name__}: {e}); without a network, "
                         "copy its train-*.parquet files here and use --source=FOLDER") from e
@@ -74,81 +71,64 @@ def parquet_files(source, num_docs):
 
 def held_out_of(n):
     """Numbers of the documents held out of n, in writing order; at least 20, for small trials."""
-    return np.random.default_rng(SEED).permutation(n)[:max(20, math.ceil(HELD_OUT * n))]
+    return np.random.default_rng(2357).permutation(n)[:max(20, math.ceil(0.0005 * n))]
 
-def encode(file, held_out, train, val, tokenizer, bar):
-    """Encode a File into two part files, the documents numbered in held_out into val, the others
-    into train. val is written last, so if it exists both are complete."""
+def encode(file, part, tokenizer, bar):
+    """Encode a File into a part file."""
     import datasets
-    held_out_texts = []
 
     def documents():
-        number = file.first
         try:
             rows = datasets.load_dataset("parquet", data_files=file.url, columns=["text"],
                                          split="train", streaming=True)
             for batch in rows.take(file.rows).iter(256):
-                for text in batch["text"]:
-                    if number in held_out:
-                        held_out_texts.append((text, True))
-                    else:
-                        yield text, True
-                    number += 1
+                yield from ((text, True) for text in batch["text"])
                 bar.update(len(batch["text"]))
         except Exception as e:  # from the network or the file
             raise UserError(f"{file.url} can't be read to its end ({type(e).__name__}: {e}); "
                             "finished files are kept: run the same command to resume") from e
 
-    write_tokens(train, documents(), tokenizer)
-    write_tokens(val, held_out_texts, tokenizer)
+    write_tokens(part, documents(), tokenizer)
 
-def encode_missing(out, files, train, val, held_out, tokenizer):
-    """Encode the files whose parts train[i], val[i] don't exist yet."""
-    missing = [i for i in range(len(files)) if not val[i].is_file()]
-    text_bytes = sum(f.text_bytes for f in files) + sum(files[i].text_bytes for i in missing)
+def encode_missing(out, files, parts, tokenizer):
+    """Encode the files whose parts don't exist yet."""
+    missing = [(file, part) for file, part in zip(files, parts, strict=True) if not part.is_file()]
+    text_bytes = sum(file.text_bytes for file in [*files, *(file for file, _ in missing)])
     need, free = 2 * text_bytes / BYTES_PER_TOKEN, shutil.disk_usage(out).free  # parts and result
     if free < need:
-        raise UserError(f"{out} is on a disk with {free / 1e9:.1f} GB free but needs "
-                        f"{need / 1e9:.1f} GB, half of them temporarily; free some space, or "
-                        "choose another folder: --out=FOLDER")
-    (out / "meta.json").unlink(missing_ok=True)
+        raise UserError(f"{out} has {free / 1e9:.1f} GB free but needs {need / 1e9:.1f} GB, half "
+                        "of them temporarily; choose another folder: --out=FOLDER")
+    Path(out, "meta.json").unlink(missing_ok=True)
     n = sum(file.rows for file in files)
-    done = n - sum(files[i].rows for i in missing)
-    held_out = set(held_out.tolist())
+    done = n - sum(file.rows for file, _ in missing)
     with progress(n, "encode", "doc", initial=done, unit_scale=True) as bar:
-        for i in missing:
-            encode(files[i], held_out, train[i], val[i], tokenizer, bar)
+        for file, part in missing:
+            encode(file, part, tokenizer, bar)
 
-def join_train(parts, path):
-    """Concatenate the parts into path; returns the number of tokens."""
-    with atomic_write(path) as whole:
-        for part in parts:
-            with open(part, "rb") as file:
-                shutil.copyfileobj(file, whole, 1 << 24)
-    return path.stat().st_size // 2
+def divide(out, files, parts, held_out, end_of_text):
+    """Divide the parts' documents into train.bin and val.bin, the latter in held_out's order.
+    Returns the number of tokens of each."""
+    val = dict.fromkeys(held_out.tolist())  # {number: document}
+    with atomic_write(out / "train.bin") as train_file:
+        for file, part in zip(files, parts, strict=True):
+            tokens = np.fromfile(part, "<u2")
+            ends = np.flatnonzero(tokens == end_of_text) + 1
+            for number, document in enumerate(np.split(tokens, ends[:-1]), file.first):
+                if number in val:
+                    val[number] = document.tobytes()
+                else:
+                    train_file.write(document)
+    with atomic_write(out / "val.bin") as val_file:
+        val_file.writelines(val.values())
+    return {split: (out / f"{split}.bin").stat().st_size // 2 for split in ("train", "val")}
 
-def join_val(parts, path, held_out, end_of_text):
-    """Write the parts' documents into path in held_out's order; returns the number of tokens."""
-    tokens = np.concatenate([np.fromfile(part, "<u2") for part in parts])
-    ends = np.flatnonzero(tokens == end_of_text) + 1
-    documents = np.split(tokens, ends[:-1])  # sorted by number
-    with atomic_write(path) as file:
-        for rank in held_out.argsort().argsort():
-            file.write(documents[rank].tobytes())
-    return len(tokens)
-
-def prepare(argv, doc, script, hub, documents):
-    """The command of a prepare.py with this docstring and path, for the dataset at an hf:// address
-    with this number of documents. Returns the exit status, None for success."""
+def prepare(argv, doc, script, name, documents):
+    """The command of a prepare.py with this docstring and path, for the hub's dataset `name` with
+    this number of documents. Returns the exit status, None for success."""
     cfg, _ = parse(Config, argv, doc, most=0, files=False)
-    out, source = Path(cfg.out or Path(script).resolve().parent), cfg.source or hub
-    if not cfg.force and (meta := finished(out)):
-        if (meta["tokenizer"], meta.get("num_docs")) != (cfg.tokenizer, cfg.num_docs):
-            raise UserError(f"{out} holds a dataset with num_docs={meta.get('num_docs')} and "
-                            f"tokenizer={meta['tokenizer']!r}; overwrite it with --force, or "
-                            "choose another folder: --out=FOLDER")
-        print(f"{out}: already prepared ({meta['train_tokens']:,} train tokens, "
-              f"{meta['val_tokens']:,} val tokens)")
+    out, source = Path(cfg.out or Path(script).parent), cfg.source or f"hf://datasets/{name}"
+    wanted = dict(tokenizer=cfg.tokenizer, num_docs=cfg.num_docs)
+    if not cfg.force and already_prepared(out, wanted):
         return
     tokenizer = load_tokenizer(cfg.tokenizer)
     files = parquet_files(source, cfg.num_docs)
@@ -156,28 +136,21 @@ def prepare(argv, doc, script, hub, documents):
     if cfg.num_docs is None and n != documents:
         raise UserError(f"{source} has {n:,} documents in {len(files)} files instead of "
                         f"{documents:,}; use these anyway with --num_docs={n}")
-    held_out = held_out_of(n)
     digest = fingerprint(repr([file[1:] for file in files]).encode(),
                          tokenizer_hash(cfg.tokenizer, tokenizer).encode())
-    parts = out / f"parts-{digest}"
+    folder = out / f"parts-{digest}"
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [folder / f"{i:05}.bin" for i in range(len(files))]
     try:
-        parts.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"can't create {parts} ({e.strerror}); choose another: --out=FOLDER") from e
-    train = [parts / f"train-{i:05}.bin" for i in range(len(files))]
-    val = [parts / f"val-{i:05}.bin" for i in range(len(files))]
-    try:
-        encode_missing(out, files, train, val, held_out, tokenizer)
+        encode_missing(out, files, parts, tokenizer)
     except KeyboardInterrupt:
-        done = sum(part.is_file() for part in val)
+        done = sum(part.is_file() for part in parts)
         print(f"\nstopped; {done} of {len(files)} files are done; run the same command to resume",
               file=sys.stderr)
         return 130
-    counts = dict(train=join_train(train, out / "train.bin"),
-                  val=join_val(val, out / "val.bin", held_out, tokenizer.eot_token))
+    held_out = held_out_of(n)
+    counts = divide(out, files, parts, held_out, tokenizer.eot_token)
     write_meta(out, cfg.tokenizer, tokenizer, counts, source=source, source_hash=digest,
                num_docs=cfg.num_docs, documents=n, val_documents=len(held_out))
-    for parts in out.glob("parts-*"):  # including those of earlier runs with other keys
-        shutil.rmtree(parts)
-    print(f"{out}: {counts['train']:,} train tokens, {counts['val']:,} val tokens from "
-          f"{n:,} documents, hash {digest}")
+    for folder in out.glob("parts-*"):  # including those of earlier runs with other keys
+        shutil.rmtree(folder)

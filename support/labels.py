@@ -20,18 +20,18 @@ HEADER = 4096  # bytes
 TOKENS = 8192  # labelled at a time
 COMMAND = "python concepts.py CONFIG --write_labels"
 
-def labels_header(concept_model, keys, tokens):
-    """Everything the labels depend on, and the array's shape and dtype."""
+def label_file(concept_model, keys):
+    """(train tokens, path of their label file, its header: everything the labels depend on, and the
+    array's shape and dtype)."""
     c, n_concepts = concept_model, len(concept_model.sae.encoder)
     how = f"_{c.attribution}_{c.sign}" if c.select == "attribution" else ""
     name = f"labels_{c.select}{how}_layer{c.layer}_k{c.attr_k}_block{keys.block_size}"
-    return dict(name=name, concept_model=model_hash(c.gpt), sae=model_hash(c.sae), bf16=c.bf16,
-                n_concepts=n_concepts, dtype="<u2" if n_concepts <= 1 << 16 else "<u4",
-                tokens=fingerprint(tokens[:1 << 20].tobytes(), tokens[-1 << 20:].tobytes()),
-                shape=[(len(tokens) - 1) // keys.block_size, keys.block_size, c.attr_k])
-
-def labels_path(dataset, header):
-    return dataset_dir(dataset) / (header["name"] + ".bin")
+    tokens = load_tokens(keys.dataset, "train")
+    header = dict(name=name, concept_model=model_hash(c.gpt), sae=model_hash(c.sae), bf16=c.bf16,
+                  n_concepts=n_concepts, dtype="<u2" if n_concepts <= 1 << 16 else "<u4",
+                  tokens=fingerprint(tokens[:1 << 20].tobytes(), tokens[-1 << 20:].tobytes()),
+                  shape=[(len(tokens) - 1) // keys.block_size, keys.block_size, c.attr_k])
+    return tokens, dataset_dir(keys.dataset) / f"{name}.bin", header
 
 def read_header(path):
     """The header of a label file; None if it has none."""
@@ -47,50 +47,43 @@ def bytes_per_block(header):
 def open_labels(concept_model, keys):
     """Stored labels, memory-mapped: (blocks, block_size, attr_k). UserError: there are none, they
     are damaged, or they come from another concept model, SAE or dataset."""
-    header = labels_header(concept_model, keys, load_tokens(keys.dataset, "train"))
-    path = labels_path(keys.dataset, header)
+    _, path, header = label_file(concept_model, keys)
     if not path.is_file():
-        raise UserError(f"no labels at {path}; write them: {COMMAND} (with this run's concept and "
-                        "dataset keys)")
+        raise UserError(f"no labels at {path}; write them with this run's keys: {COMMAND}")
     check_labels(path, header)
     return mapped(path, header["dtype"], HEADER).reshape(header["shape"])
 
 def check_labels(path, header):
     """UserError unless the file is complete and has this header."""
     found, size = read_header(path), HEADER + header["shape"][0] * bytes_per_block(header)
-    if found is None or found == header and path.stat().st_size != size:
-        raise UserError(f"{path} is damaged or cut short; remove it and write it again: {COMMAND}")
-    if found != header:
-        other = ", ".join(name for name in header if found.get(name) != header[name])
-        raise UserError(f"{path} holds labels of another {other}; remove it and write it again: "
-                        f"{COMMAND}")
+    other = ", ".join(name for name in header if found and found.get(name) != header[name])
+    if found != header or path.stat().st_size != size:
+        problem = f"holds labels of another {other}" if other else "is damaged or cut short"
+        raise UserError(f"{path} {problem}; remove it and write it again: {COMMAND}")
 
 def write_labels(concept_model, keys, vocab_size, device):
     """Write the labels of all train tokens next to them; returns the path. An interrupted call
     leaves a .part file, from which the next one resumes."""
-    tokens = load_tokens(keys.dataset, "train")
-    header = labels_header(concept_model, keys, tokens)
-    path = labels_path(keys.dataset, header)
+    tokens, path, header = label_file(concept_model, keys)
     if path.is_file():
         check_labels(path, header)
         return path
     part, done = path.with_suffix(".part"), 0
     blocks, block_size, _ = header["shape"]
-    total = blocks * block_size  # tokens
+    total, rows = blocks * block_size, max(1, TOKENS // block_size)
     try:
         if part.is_file() and read_header(part) == header:
             done = max(0, (part.stat().st_size - HEADER) // bytes_per_block(header))
         first = done * block_size
-        with open(part, "r+b" if done else "wb") as file:
+        with (open(part, "r+b" if done else "wb") as file,
+              progress(total, "labels", "tok", initial=first, unit_scale=True) as bar):
             file.write(json.dumps(header).encode().ljust(HEADER))
             file.seek(HEADER + done * bytes_per_block(header))
             file.truncate()  # drop a block that was cut short
-            with progress(total, "labels", "tok", initial=first, unit_scale=True) as bar:
-                for x, y in sequential(tokens[first:total + 1], block_size,
-                                       max(1, TOKENS // block_size), vocab_size):
-                    labels = concept_model.labels(x.to(device), y.to(device)).cpu().numpy()
-                    file.write(labels.astype(header["dtype"]).tobytes())
-                    bar.update(x.numel())
+            for x, y in sequential(tokens[first:total + 1], block_size, rows, vocab_size):
+                labels = concept_model.labels(x.to(device), y.to(device)).cpu().numpy()
+                file.write(labels.astype(header["dtype"]).tobytes())
+                bar.update(x.numel())
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)

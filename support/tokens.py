@@ -5,14 +5,14 @@ A dataset is a folder (data/NAME, or any path) written by a prepare.py:
     train.bin, val.bin   token ids, little-endian uint16, an end-of-text token after each document
     meta.json            tokenizer, vocab_size, number of tokens per split, a hash of the source
 
-The token files are memory-mapped, so opening billions of tokens is instant. The global batch is a
-pure function of (seed, step), and ranks and micro batches are slices of it. A checkpoint therefore
-only has to store the step, and a run can resume with a different number of processes.
+The token files are memory-mapped, so opening billions of tokens is instant. Ranks and micro batches
+are slices of the global batch, so a run can resume with a different number of processes.
 """
 import base64
 import json
 import mmap
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from support.runtime import UserError
 
 import numpy as np
 import tiktoken
+import torch
 
 from support.files import fingerprint
 
@@ -39,42 +40,35 @@ def load_tokenizer(name):
         try:
             return tiktoken.get_encoding("gpt2")
         except Exception as e:  # any of requests' errors
-            raise UserError(
-                f"can't fetch GPT-2's tokenizer ({type(e).__name__}); without a network, set "
-                "TIKTOKEN_CACHE_DIR to a folder that tiktoken filled on another machine, or use a "
-                f".tiktoken file ({TRAIN_ONE})") from e
+            raise UserError(f"can't fetch GPT-2's tokenizer ({type(e).__name__}); {TRAIN_ONE}, or "
+                            "set TIKTOKEN_CACHE_DIR to a folder that tiktoken has filled") from e
     path = ROOT / "stdlib" / "bpe.tiktoken" if name == "stdlib" else Path(name)
     if not path.is_file():
         path = ROOT.parent / path
     if not path.is_file():
-        raise UserError(f"no tokenizer {name!r}: use gpt2, stdlib or a .tiktoken file "
-                        f"({TRAIN_ONE})")
+        raise UserError(f"no tokenizer {name!r}: use gpt2, stdlib, a .tiktoken file or {TRAIN_ONE}")
     try:
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         assert sorted(ranks.values()) == list(range(len(ranks))) and len(ranks) >= 256
     except Exception as e:
-        raise UserError(f"{path} is not a tokenizer: each line must hold a base64 token and its "
-                        "rank") from e
+        raise UserError(f"{path} is not a tokenizer: no lines of base64 token and rank") from e
     return tiktoken.Encoding(path.stem, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks,
                              special_tokens={END_OF_TEXT: len(ranks)})
 
 def tokenizer_hash(name, tokenizer):
     """Identifies a tokenizer whatever its name: "gpt2", or a hash of the tokens in rank order."""
-    if name == "gpt2":
-        return name
     ranks = tokenizer._mergeable_ranks
-    return fingerprint(*sorted(ranks, key=ranks.get))
+    return name if name == "gpt2" else fingerprint(*sorted(ranks, key=ranks.get))
 
 def dataset_dir(dataset):
     """The folder of a prepared dataset, given a name under data/ or a path."""
     folder = ROOT / dataset if (ROOT / dataset).is_dir() else Path(dataset)
     if not (folder / "meta.json").is_file():
-        if (ROOT / dataset / "prepare.py").is_file() and dataset != "text":
-            raise UserError(f"dataset {dataset!r} is not prepared; run: "
-                            f"python data/{dataset}/prepare.py")
-        raise UserError(f"no dataset {dataset!r} (no {folder / 'meta.json'}); create it: "
-                        f"python data/text/prepare.py --input FILES --out {folder}")
+        script = f"{dataset}/prepare.py"
+        if dataset == "text" or not (ROOT / script).is_file():
+            script = f"text/prepare.py --input FILES --out {folder}"
+        raise UserError(f"no dataset {dataset!r}: no {folder}/meta.json; run python data/{script}")
     return folder
 
 def load_meta(dataset):
@@ -87,8 +81,7 @@ def load_meta(dataset):
                 raise TypeError(f"{name}={meta[name]!r}")
         return meta
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is damaged ({type(e).__name__}: {e}); prepare the dataset "
-                        "again") from e
+        raise UserError(f"{path} is damaged ({e!r}); prepare the dataset again") from e
 
 def mapped(path, dtype, offset=0):
     """A memory-mapped flat array of a file's content from byte `offset`, for random access."""
@@ -100,8 +93,8 @@ def mapped(path, dtype, offset=0):
 
 def load_tokens(dataset, split):
     """The tokens of a split, memory-mapped: (N,) uint16. UserError: missing, empty or cut short."""
-    folder, meta = dataset_dir(dataset), load_meta(dataset)
-    path, expected = folder / f"{split}.bin", 2 * meta[f"{split}_tokens"]
+    path = dataset_dir(dataset) / f"{split}.bin"
+    expected = 2 * load_meta(dataset)[f"{split}_tokens"]
     if not path.is_file():
         raise UserError(f"{path} is missing; prepare the dataset again")
     size = path.stat().st_size
@@ -124,15 +117,16 @@ def check_tokenizer(cfg, meta, tokenizer, gpt):
     if meta["tokenizer_hash"] != tokenizer:
         raise UserError(f"dataset {cfg.dataset!r} has the tokens of {meta['tokenizer']!r}, but the "
                         f"concept model {cfg.concept_model} was trained with another tokenizer")
-    if cfg.block_size and cfg.block_size > gpt.config.block_size:
-        raise UserError(f"block_size={cfg.block_size} is over the concept model's "
-                        f"{gpt.config.block_size}")
+    limit = gpt.config.block_size
+    if cfg.block_size and cfg.block_size > limit:
+        raise UserError(f"block_size={cfg.block_size} is over the concept model's {limit}")
 
-def check_range(rows, vocab_size):
-    """Refuse tokens beyond the vocabulary: an embedding lookup would read past its end."""
-    if rows.max() >= vocab_size:
-        raise UserError(f"token {rows.max()} in the data is beyond the vocabulary of {vocab_size}: "
-                        "a .bin file and meta.json don't match; prepare the dataset again")
+def to_tensor(tokens, vocab_size):
+    """An array of tokens as int64. UserError: an embedding lookup would read past its end."""
+    if tokens.max() >= vocab_size:
+        raise UserError(f"token {tokens.max()} is beyond the vocabulary of {vocab_size}: a .bin "
+                        "file and meta.json don't match; prepare the dataset again")
+    return torch.from_numpy(tokens.astype(np.int64))
 
 class Batches:
     """The batches of a split, a pure function of (seed, step).
@@ -146,26 +140,23 @@ class Batches:
     def __init__(self, tokens, block_size, batch_size, vocab_size, seed=0, shift=True, rank=0,
                  world_size=1):
         if batch_size % world_size:
-            raise UserError(f"batch_size={batch_size} is not divisible by the {world_size} "
-                            "processes; use a multiple")
+            raise UserError(f"{batch_size=} is not divisible by the {world_size} processes")
         if len(tokens) < 2 * block_size:
             raise UserError(f"a split has only {len(tokens)} tokens, too few for "
                             f"block_size={block_size}; it needs {2 * block_size}")
         self.tokens, self.block_size, self.vocab_size = tokens, block_size, vocab_size
         self.batch_size, self.rows = batch_size, batch_size // world_size
         self.seed, self.shift, self.rank = seed, shift, rank
-        largest_offset = block_size - 1 if shift else 0
-        self.blocks = (len(tokens) - 1 - largest_offset) // block_size  # per epoch
-        self._epoch = None  # (epoch, offset, order) of the latest epoch
+        self.blocks = (len(tokens) - (block_size if shift else 1)) // block_size  # per epoch
+        self._order = lru_cache(1)(self._order)  # of the latest epoch
 
     def _order(self, epoch):
-        if self._epoch is None or self._epoch[0] != epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            offset = int(rng.integers(self.block_size)) if self.shift else 0
-            order = np.arange(self.blocks, dtype=np.uint32)
-            rng.shuffle(order)
-            self._epoch = epoch, offset, order
-        return self._epoch[1:]
+        """(offset, order of the blocks)"""
+        rng = np.random.default_rng([self.seed, epoch])
+        offset = int(rng.integers(self.block_size)) if self.shift else 0
+        order = np.arange(self.blocks, dtype=np.uint32)
+        rng.shuffle(order)
+        return offset, order
 
     def starts(self, step):
         """Positions in the file at which this rank's blocks start: (rows,) int64."""
@@ -177,22 +168,15 @@ class Batches:
         return np.array(starts)
 
     def __getitem__(self, step):
-        import torch
         rows = [self.tokens[s:s + self.block_size + 1] for s in self.starts(step)]
-        rows = np.stack(rows).astype(np.int64)
-        check_range(rows, self.vocab_size)
-        rows = torch.from_numpy(rows)
+        rows = to_tensor(np.stack(rows), self.vocab_size)
         # contiguous, so that copies to a GPU can be asynchronous
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def prefetch(self, start, stop, device, labels=None):
         """Yield (x, y, labels) of steps start … stop-1 on `device`; a thread prepares the next one.
-
         labels: None, or the stored labels of all unshifted blocks (blocks, block_size, attr_k); a
-        batch gets its own, (rows, block_size, attr_k) int64.
-        """
-        import torch
-
+        batch gets its own, (rows, block_size, attr_k) int64."""
         def load(step):
             batch = list(self[step])
             if labels is not None:
@@ -201,27 +185,19 @@ class Batches:
             return [t.pin_memory() for t in batch] if device.type == "cuda" else batch
 
         with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(load, start) if start < stop else None
+            ahead = pool.submit(load, start)
             for step in range(start, stop):
                 batch = [t.to(device, non_blocking=True) for t in ahead.result()]
-                if step + 1 < stop:
-                    ahead = pool.submit(load, step + 1)
+                ahead = pool.submit(load, step + 1)
                 yield batch[0], batch[1], batch[2] if labels is not None else None
 
 def sequential(tokens, block_size, batch_size, vocab_size):
-    """A whole split in order; every token but the first is a target exactly once.
-
-    Yields (x, y), each (rows, ≤ block_size) int64. The last, shorter block is a batch of its own.
-    """
-    import torch
+    """A whole split in order, every token but the first a target exactly once: yields (x, y), each
+    (rows, ≤ block_size) int64. The last, shorter block is a batch of its own."""
     targets = len(tokens) - 1
     whole = targets // block_size * block_size  # targets in complete blocks
-    bounds = [*range(0, whole, batch_size * block_size), whole]
-    if whole < targets:
-        bounds.append(targets)
+    bounds = sorted({*range(0, whole, batch_size * block_size), whole, targets})
     for first, end in pairwise(bounds):
-        chunk = tokens[first:end + 1].astype(np.int64)
-        check_range(chunk, vocab_size)
-        chunk = torch.from_numpy(chunk)
+        chunk = to_tensor(tokens[first:end + 1], vocab_size)
         rows = max(1, (end - first) // block_size)
         yield chunk[:-1].view(rows, -1), chunk[1:].view(rows, -1)

@@ -84,7 +84,7 @@ def test_an_interrupted_run_resumes_and_gives_the_same_files(
 
     def interrupted(pieces):
         for i, piece in enumerate(pieces):
-            if len(calls) == 2 * stop_after + 1 and i == 7:
+            if len(calls) == stop_after + 1 and i == 7:
                 raise KeyboardInterrupt
             yield piece
 
@@ -92,10 +92,10 @@ def test_an_interrupted_run_resumes_and_gives_the_same_files(
     status, _, err = prepare(small, again, "--num_docs=300")
     assert status == 130 and f"stopped; {stop_after} of 3 files are done; run the same" in err
     assert not (again / "meta.json").exists()
-    assert len(list(again.glob("parts-*/val-*.bin"))) == stop_after
+    assert len(list(again.glob("parts-*/*.bin"))) == stop_after
     calls[:] = ["earlier"] * 10
     assert prepare(small, again, "--num_docs=300")[0] == 0
-    assert len(calls) - 10 == 2 * (3 - stop_after)  # complete parts were kept
+    assert len(calls) - 10 == 3 - stop_after  # complete parts were kept
     assert written(again) == written(whole)
 
 def test_other_keys_after_an_interruption_start_anew(small, tmp_path, monkeypatch):
@@ -152,7 +152,7 @@ def test_a_file_that_breaks_off_keeps_finished_files(small, tmp_path, monkeypatc
     status, _, err = prepare(small, tmp_path, "--num_docs=300")
     line = last_line(err)
     assert status == 1 and "train-00001" in line and "reset by peer" in line and "resume" in line
-    assert len(list(tmp_path.glob("parts-*/val-*.bin"))) == 1
+    assert len(list(tmp_path.glob("parts-*/*.bin"))) == 1
 
 def test_disk_space_is_checked_first(small, tmp_path, monkeypatch):
     free = shutil.disk_usage(tmp_path)._replace(free=10_000)
@@ -181,7 +181,7 @@ def test_killed_again_and_again_it_gives_the_same_files(tmp_path):
                f"--out={again}", "--tokenizer=stdlib", "--num_docs=12_000"]
     for wanted in (1, 4, 8):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while process.poll() is None and len(list(again.glob("parts-*/val-*.bin"))) < wanted:
+        while process.poll() is None and len(list(again.glob("parts-*/*.bin"))) < wanted:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL

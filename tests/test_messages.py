@@ -339,10 +339,10 @@ SAES = {
 TEXT = {
     "val that is also input":
         ("--input={bad}/tiny.txt --val={bad}/tiny.txt {out}", "both input and val"),
-    "a folder as input": ("--input={bad} {out}", "is a folder", "*.txt"),
-    "empty input": ("--input={bad}/empty.jsonl --val={bad}/tiny.txt {out}", "holds no text"),
+    "a folder as input": ("--input={bad} {out}", "expected .txt or .jsonl"),
+    "empty input": ("--input={bad}/empty.jsonl --val={bad}/tiny.txt {out}", "too short: 0 train"),
     "no input": ("", "--input", "needed"),
-    "no input file": ("--input={bad}/none.txt", "no input file", "none.txt"),
+    "no input file": ("--input={bad}/none.txt", "No such file", "none.txt"),
     "an input of another kind": ("--input={bad}/a.csv {out}", "expected .txt or .jsonl", "a.csv"),
     "text that is not UTF-8": ("--input={bad}/latin.txt {out}", "latin.txt is not UTF-8", "0xf6"),
     "JSON without text": ("--input={bad}/bad.jsonl {out}", "bad.jsonl, line 2", "text"),

@@ -157,7 +157,7 @@ def test_files_given_twice_add_up_and_odd_text_passes(tmp_path):
     (tmp_path / "v.txt").write_text("held out")
     command = ["--input={}/a.jsonl", "--input={}/b.txt", "--tokenizer=bpe:400"]
     status, _, err = prepare_text(tmp_path, *command, "--val={}/none")
-    assert status == 1 and "no input file" in err
+    assert status == 1 and "No such file" in err
     status, _, err = prepare_text(tmp_path, *command, "--val={}/v.txt")
     assert status == 0, err
     expected = f"half \ufffd a pair<|endoftext|>{long}<|endoftext|>"

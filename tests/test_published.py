@@ -199,7 +199,7 @@ def test_unprepared_and_offline_the_next_command_is_named_in_one_line(
         assert status == 1 and len(err.strip().splitlines()) == 1
         assert not (tmp_path / "run").exists()
         return err
-    assert "run: python data/openwebtext/prepare.py" in message()
+    assert "run python data/openwebtext/prepare.py" in message()
 
     for split in ("train", "val"):
         np.zeros(600_000, dtype="<u2").tofile(folder / f"{split}.bin")

@@ -4,9 +4,7 @@
     python data/openwebmath/prepare.py --num_docs=20000  # a small trial: the first documents only
     python data/openwebmath/prepare.py --source=FOLDER   # no network: from the hub's parquet files
 
-Streams up to 27 GB from the hub and needs about 60 GB of disk, 30 GB when done. Writes next to
-this file, or to --out=FOLDER (train with --dataset=FOLDER). If interrupted, run the same command
-to resume.
+Streams up to 27 GB and needs about 60 GB of disk, 30 GB when done. Run it again to resume.
 """
 import sys
 from pathlib import Path
@@ -15,8 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from support import hub, runtime
 
 def main(argv):
-    source = "hf://datasets/open-web-math/open-web-math"
-    return hub.prepare(argv, __doc__, __file__, source, 6_315_233)
+    return hub.prepare(argv, __doc__, __file__, "open-web-math/open-web-math", 6_315_233)
 
 if __name__ == "__main__":
     runtime.run(main)

@@ -4,9 +4,7 @@
     python data/openwebtext/prepare.py --num_docs=20000  # a small trial: the first documents only
     python data/openwebtext/prepare.py --source=FOLDER   # no network: from the hub's parquet files
 
-Streams about 24 GB from the hub and needs about 45 GB of disk, 18 GB when done. Writes next to
-this file, or to --out=FOLDER (train with --dataset=FOLDER). If interrupted, run the same command
-to resume.
+Streams about 24 GB and needs about 45 GB of disk, 18 GB when done. Run it again to resume.
 """
 import sys
 from pathlib import Path
@@ -15,8 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from support import hub, runtime
 
 def main(argv):
-    source = "hf://datasets/Skylion007/openwebtext"
-    return hub.prepare(argv, __doc__, __file__, source, 8_013_769)
+    return hub.prepare(argv, __doc__, __file__, "Skylion007/openwebtext", 8_013_769)
 
 if __name__ == "__main__":
     runtime.run(main)

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from support.runtime import UserError, progress, run
+from support.runtime import run
 
 from support.bpe import save_bpe, train_bpe
 from support.cli import key, parse
 from support.files import fingerprint
-from support.prepare import finished, write_meta, write_tokens
+from support.prepare import already_prepared, write_dataset
 from support.tokens import load_tokenizer, tokenizer_hash
 
 HERE = Path(__file__).resolve().parent
@@ -37,50 +37,33 @@ class Config:
     force: bool = key(False, "prepare an intact dataset again")
 
 def read_library():
-    """({split: texts}, hash of all files, number of files) of the standard library."""
+    """({split: [(text, True)]}, hash of all files) of the standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
     splits, contents = dict(train=[], val=[]), []
     for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
         *folders, file = name.split("/")
-        if EXCLUDED & set(folders) or name.startswith("config-"):
-            continue
-        if file.startswith("_sysconfigdata"):
+        if EXCLUDED & {*folders} or name.startswith("config-") or file.startswith("_sysconfigdata"):
             continue
         module = name.split("/")[0].removesuffix(".py")
         text = (root / name).read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
         contents += [name.encode(), text.encode()]
         if text.strip():
-            splits["val" if module in VAL else "train"].append(text)
-    if not contents:
-        raise UserError(f"no .py files under {root}: this Python has no readable standard library; "
-                        "use data/text/prepare.py")
-    return splits, fingerprint(*contents), len(contents) // 2
+            splits["val" if module in VAL else "train"].append((text, True))
+    return splits, fingerprint(*contents)
 
 def main(argv):
     cfg, _ = parse(Config, argv, __doc__, most=0, files=False)
-    out = Path(cfg.out)
-    splits, digest, n_files = read_library()
+    splits, digest = read_library()
     if cfg.train_bpe:
-        save_bpe(train_bpe(splits["train"], cfg.train_bpe), HERE / "bpe.tiktoken")
+        texts = [text for text, _ in splits["train"]]
+        save_bpe(train_bpe(texts, cfg.train_bpe), HERE / "bpe.tiktoken")
     tokenizer = load_tokenizer("stdlib")
-    meta = None if cfg.force else finished(out)
-    hashes = digest, tokenizer_hash("stdlib", tokenizer)
-    if meta and (meta.get("source_hash"), meta["tokenizer_hash"]) == hashes:
-        print(f"{out}: already prepared ({meta['train_tokens']:,} train tokens, "
-              f"{meta['val_tokens']:,} val tokens)")
+    wanted = dict(source_hash=digest, tokenizer_hash=tokenizer_hash("stdlib", tokenizer))
+    if not cfg.force and already_prepared(cfg.out, wanted, replace=True):
         return
-    (out / "meta.json").unlink(missing_ok=True)
-    counts = {}
-    chars = sum(len(text) for texts in splits.values() for text in texts)
-    with progress(chars, "encode", "char", unit_scale=True) as bar:
-        for split, texts in splits.items():
-            pieces = ((text, True) for text in texts)
-            counts[split] = write_tokens(out / f"{split}.bin", pieces, tokenizer, bar)
     source = f"the standard library of Python {platform.python_version()}"
-    write_meta(out, "stdlib", tokenizer, counts, source=source, source_hash=digest,
-               train_files=len(splits["train"]), val_files=len(splits["val"]))
-    print(f"{out}: {counts['train']:,} train tokens, {counts['val']:,} val tokens from {n_files} "
-          f"files, hash {digest}")
+    write_dataset(cfg.out, splits, "stdlib", tokenizer, source=source, source_hash=digest,
+                  train_files=len(splits["train"]), val_files=len(splits["val"]))
 
 if __name__ == "__main__":
     run(main)

@@ -5,7 +5,10 @@
 method = "ntp"
 out_dir = "out/gpt2_124m"
 dataset = "openwebtext"
-n_layer, n_head, n_embd = 12, 12, 768
-batch_size, block_size = 512, 1024  # 0.5M tokens per step
+n_layer = 12
+n_head = 12
+n_embd = 768
+block_size = 1024
+batch_size = 512         # sequences: 0.5M tokens per step
 max_tokens = 20_000_000_000
 learning_rate = 6e-4     # peak; warm-up over 1/300 of the steps, cosine decay to a tenth

@@ -2,8 +2,11 @@
 method = "ntp"
 out_dir = "out/ntp_1b"
 dataset = "openwebtext"
-n_layer, n_head, n_embd = 24, 16, 2096  # n_embd of CoCoMix: 2048
-batch_size, block_size = 1024, 1024  # 1M tokens per step
+n_layer = 24
+n_head = 16
+n_embd = 2096            # CoCoMix: 2048
+block_size = 1024
+batch_size = 1024        # sequences: 1M tokens per step
 max_tokens = 20_000_000_000
 learning_rate = 2e-4     # peak; warm-up over 1/300 of the steps, cosine decay to a tenth
 eval_interval = 500

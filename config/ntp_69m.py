@@ -2,7 +2,10 @@
 method = "ntp"
 out_dir = "out/ntp_69m"
 dataset = "openwebtext"
-n_layer, n_head, n_embd = 8, 8, 624  # n_embd of CoCoMix: 512
-batch_size, block_size = 512, 1024  # 0.5M tokens per step
+n_layer = 8
+n_head = 8
+n_embd = 624             # CoCoMix: 512
+block_size = 1024
+batch_size = 512         # sequences: 0.5M tokens per step
 max_tokens = 20_000_000_000
 learning_rate = 6e-4     # peak; warm-up over 1/300 of the steps, cosine decay to a tenth

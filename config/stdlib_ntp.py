@@ -2,10 +2,13 @@
 method = "ntp"
 out_dir = "out/stdlib/ntp"
 dataset = "stdlib"
-n_layer, n_head, n_embd = 4, 2, 144
+n_layer = 4
+n_head = 2
+n_embd = 144
+block_size = 256
 embedding_std = 0.08     # about 1/sqrt(n_embd)
 init_std = 0.046         # 0.02 * sqrt(768 / n_embd)
-batch_size, block_size = 4, 256
+batch_size = 4
 max_iters = 500
 learning_rate = 4e-3     # the best of three, for CoCoMix, too (results/stdlib-sweep)
 beta2 = 0.99             # for small batches

@@ -3,6 +3,7 @@ method = "kd"
 out_dir = "out/kd_124m"
 dataset = "openwebtext"
 concept_model = "gpt2"   # the teacher: frozen, 124M parameters
+kd_weight = 0.1
 n_layer = 12
 n_head = 12
 n_embd = 864             # CoCoMix: 768

@@ -3,6 +3,7 @@ method = "kd"
 out_dir = "out/kd_1b"
 dataset = "openwebtext"
 concept_model = "gpt2"   # the teacher: frozen, 124M parameters
+kd_weight = 0.1
 n_layer = 24
 n_head = 16
 n_embd = 2096            # CoCoMix: 2048

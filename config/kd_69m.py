@@ -3,6 +3,7 @@ method = "kd"
 out_dir = "out/kd_69m"
 dataset = "openwebtext"
 concept_model = "gpt2"   # the teacher: frozen, 124M parameters
+kd_weight = 0.1
 n_layer = 8
 n_head = 8
 n_embd = 624             # CoCoMix: 512

@@ -3,6 +3,7 @@ method = "pause_kd"
 out_dir = "out/pause_kd_124m"
 dataset = "openwebtext"
 concept_model = "gpt2"   # the teacher: frozen, 124M parameters
+kd_weight = 0.1
 insert_layer = 5         # interleave pause vectors at the input of the 6th block
 n_layer = 12
 n_head = 12

@@ -153,7 +153,7 @@ def test_each_row_of_an_experiment_is_a_run_that_its_script_accepts(name, rows):
     e = experiment.read_experiment(ROOT / "results" / name / "experiment.py")
     commands = [*e["before"].values(), *(f"{row} {e['every']}" for row in e["runs"].values())]
     for command in commands:
-        script, *argv = command.split()
+        script, *argv = command.replace("SEED", "1").split()
         argv = [str(ROOT / arg) if arg.startswith("config/") else arg for arg in argv]
         cfg, rest = cli.parse({"train.py": train, "sae.py": sae}[script].Config, argv)
         assert not rest

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from support.concept_index import CONTEXTS, EDGES, NAME, describe, find, used
-from support.curves import picture_path, pyplot, save_figure
+from support.curves import new_figure, picture_path, save_figure
 from support.files import atomic_write
 from support.tokens import Batches, tokens_of_run
 
@@ -104,7 +104,7 @@ def show_weights(norms, plot=None, bins=20, unused=1e-2):
     print(f"{(norms < unused).mean():.1%} of {len(norms):,} columns are shorter than {unused}; "
           f"median {np.median(norms):.3f}")
     if plot:
-        figure, axis = pyplot().subplots(figsize=(5, 3.5), layout="constrained")
+        figure, axis = new_figure(1, 1, 5, 3.5)
         axis.hist(norms, bins=50, range=(0, edges[-1]))
         axis.set(xlabel="norm of a concept's column of W", ylabel="concepts")
         save_figure(figure, plot)

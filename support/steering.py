@@ -6,7 +6,7 @@ from support.runtime import progress
 import torch
 
 from support.concept_index import NAME
-from support.curves import perplexity, pyplot, save_figure
+from support.curves import new_figure, perplexity, save_figure
 from support.engine import generate
 from support.kernels import linear_cross_entropy
 from support.tokens import Batches
@@ -15,10 +15,18 @@ FACTORS = (-10.0, -5.0, -2.0, 0.0, 1.0, 2.0, 5.0, 10.0)  # 1: not steered
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 32, 16, 64
 LOSS_TOKENS = 2048  # of val, for the perplexity
 
-def choose_concepts(index, n):
+def choose_concepts(index, n=None):
     """The n concepts that the run predicts most often, of those with typical next tokens."""
     order = index.predicted.argsort(descending=True, stable=True).tolist()
     return [c for c in order if index.predicted[c] and index.next_tokens[c, 0] >= 0][:n]
+
+def scales(variants, n_concepts, device):
+    """[{concept: factor}] → a factor for each concept logit, (variants, 1, C)."""
+    scale = torch.ones(len(variants), 1, n_concepts, device=device)
+    for row, factors in zip(scale, variants, strict=True):
+        for concept, factor in factors.items():
+            row[0, concept] = factor
+    return scale
 
 @torch.no_grad()
 def steering(models, index, val, device, n_concepts):
@@ -45,16 +53,16 @@ def steering(models, index, val, device, n_concepts):
         states = lower_states(model, blocks, device)
         with progress(len(chosen), f"steer {name}", "concept", leave=False) as bar:
             for concept in chosen:
-                scale = torch.ones(len(FACTORS), 1, len(index.predicted), device=device)
-                scale[:, 0, concept] = torch.tensor(FACTORS, device=device)
+                variants = [{concept: factor} for factor in FACTORS]
+                scale = scales(variants, len(index.predicted), device)
                 random = torch.Generator(device).manual_seed(concept)
                 texts = generate(model, prompts, NEW_TOKENS, scale=scale, generator=random)
                 typical = index.next_tokens[concept, :NAME].to(device)
                 hits = torch.isin(texts[:, prompts.shape[1]:], typical).view(len(FACTORS), -1)
-                for i, factor in enumerate(FACTORS):
+                for hit, one, factor in zip(hits, scale, FACTORS, strict=True):
                     rows.append(dict(model=name, concept=concept, factor=factor,
-                                     next_tokens=hits[i].sum().item(), tokens=hits[i].numel(),
-                                     loss=steered_loss(model, states, scale[i])))
+                                     next_tokens=hit.sum().item(), tokens=len(hit),
+                                     loss=steered_loss(model, states, one)))
                 bar.update()
     return rows
 
@@ -83,25 +91,22 @@ def steering_summary(rows):
     that all concepts weigh the same; gain_error: its first-order standard error over concepts.
     raised: share of concepts whose next tokens became more frequent.
     """
-    summary = []
-    for name in dict.fromkeys(row["model"] for row in rows):
-        plain = log_counts(rows, name, 1.0)
-        for factor in FACTORS:
-            some = [row for row in rows if row["model"] == name and row["factor"] == factor]
-            logs = log_counts(rows, name, factor) - plain
-            gain = logs.mean().exp().item()
-            error = logs.std(correction=min(1, len(logs) - 1)).item() / math.sqrt(len(logs))
-            rate = sum(row["next_tokens"] / row["tokens"] for row in some) / len(some)
-            loss = sum(row["loss"] for row in some) / len(some)
-            summary.append(dict(model=name, factor=factor, rate=rate, gain=gain,
-                                gain_error=gain * error, perplexity=perplexity(loss),
-                                raised=(logs > 0).double().mean().item()))
+    groups, summary = {}, []
+    for row in rows:
+        groups.setdefault((row["model"], row["factor"]), []).append(row)
+    for (name, factor), some in groups.items():
+        logs = log_counts(some) - log_counts(groups[name, 1.0])
+        gain = logs.mean().exp().item()
+        error = logs.std(correction=min(1, len(logs) - 1)).item() / math.sqrt(len(logs))
+        rate = sum(row["next_tokens"] / row["tokens"] for row in some) / len(some)
+        loss = sum(row["loss"] for row in some) / len(some)
+        summary.append(dict(model=name, factor=factor, rate=rate, gain=gain,
+                            gain_error=gain * error, perplexity=perplexity(loss),
+                            raised=(logs > 0).double().mean().item()))
     return summary
 
-def log_counts(rows, name, factor):
-    counts = [row["next_tokens"] + 1.0 for row in rows
-              if row["model"] == name and row["factor"] == factor]
-    return torch.tensor(counts, dtype=torch.float64).log()
+def log_counts(rows):
+    return torch.tensor([row["next_tokens"] + 1.0 for row in rows], dtype=torch.float64).log()
 
 STEERING = (("model", "model", "{}"), ("factor", "factor", "{:g}"),
             ("rate", "next tokens", "{:.2%}"), ("gain", "× unsteered", "{:.2f}"),
@@ -110,16 +115,15 @@ STEERING = (("model", "model", "{}"), ("factor", "factor", "{:g}"),
 
 def plot_steering(path, summary):
     """Gain by factor, perplexity by factor, and gain by perplexity; one line per model."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, axes = new_figure(1, 3, 13, 4)
     gain, cost = "typical next tokens, × unsteered", "val perplexity, % above unsteered"
+    style = dict(marker="o", markersize=4)
     for name in dict.fromkeys(row["model"] for row in summary):
         some = [row for row in summary if row["model"] == name]
         plain = next(row["perplexity"] for row in some if row["factor"] == 1)
         points = [(row["factor"], row["gain"], row["gain_error"],
                    100 * (row["perplexity"] / plain - 1)) for row in some]
         factors, gains, errors, costs = zip(*points, strict=True)
-        style = dict(marker="o", markersize=4)
         axes[0].errorbar(factors, gains, errors, capsize=2, label=name, **style)
         axes[1].plot(factors, costs, **style)
         points = [point for point in points if point[3] > 0]  # the axis is logarithmic

@@ -20,6 +20,7 @@ from support.tokens import Batches, tokens_of_run
 TOKENS, NEIGHBOURS = 16, 8  # kept per concept
 NAME = 8                    # how many of the typical next tokens name it
 CONTEXTS, BEFORE, AFTER = 6, 16, 8  # contexts per concept; tokens before and after the marked one
+NOWHERE = 1 << 60           # a position beyond every file
 EDGES = 2.0 ** (torch.arange(33) / 4 - 3)  # of the activation bins; the first and last are open
 
 class ConceptIndex(NamedTuple):
@@ -55,18 +56,12 @@ class ConceptIndex(NamedTuple):
         texts = [repr(tokenizer.decode([t])) for t in self.next_ids(concept, n)]
         return " ".join(texts) or "(never a label)"
 
-def best_per_group(group, score, n):
-    """Indices of each group's n highest scores, sorted by group, and their ranks from 0."""
-    order = np.lexsort((-score, group))
-    rank = np.arange(len(order)) - np.searchsorted(group[order], group[order])
-    return order[rank < n], rank[rank < n]
-
 class PairCounts:
     """Counts of (concept, token) pairs. Memory is bounded: of more than `limit` different pairs,
     each merge drops the rarest."""
     def __init__(self, limit=1 << 23):
         self.limit, self.new = limit, []
-        self.keys, self.counts = np.empty(0, np.int64), np.empty(0, np.int64)
+        self.keys = self.counts = np.empty(0, np.int64)
 
     def add(self, keys):
         """keys: concept · V + token, once per occurrence."""
@@ -75,11 +70,11 @@ class PairCounts:
             self.merge()
 
     def merge(self):
-        weights = np.concatenate((self.counts, np.ones(sum(map(len, self.new)), np.int64)))
         keys = np.concatenate((self.keys, *self.new))
+        weights = np.ones(len(keys))
+        weights[:len(self.counts)] = self.counts
         self.keys, inverse = np.unique(keys, return_inverse=True)
-        self.counts = np.bincount(inverse, weights).astype(np.int64)
-        self.new = []
+        self.counts, self.new = np.bincount(inverse, weights).astype(np.int64), []
         if len(self.keys) > self.limit:
             kept = np.sort(np.argpartition(-self.counts, self.limit)[:self.limit])
             self.keys, self.counts = self.keys[kept], self.counts[kept]
@@ -92,13 +87,15 @@ def typical(pairs, everywhere, C, prior=20):
     of the KL divergence: lift alone favours rare tokens, share alone common ones. Only lift > 1.
     """
     pairs.merge()
-    concept, token = np.divmod(pairs.keys, len(everywhere))
+    concept, token = np.divmod(pairs.keys, len(everywhere))  # concepts ascending
     p = everywhere[token] / everywhere.sum()
     share = (pairs.counts + prior * p) / (np.bincount(concept, pairs.counts, C)[concept] + prior)
     lift = share / p
-    score = np.where(lift > 1, share * np.log(lift), -np.inf)
-    order, rank = best_per_group(concept, score, TOKENS)
-    rank, order = rank[lift[order] > 1], order[lift[order] > 1]
+    score = share * np.log(lift)
+    order = np.lexsort((-score, concept))
+    rank = np.arange(len(order)) - np.searchsorted(concept, concept)
+    best = (rank < TOKENS) & (score[order] > 0)
+    order, rank = order[best], rank[best]
     table = np.zeros((3, C, TOKENS))
     table[0] = -1
     table[:, concept[order], rank] = token[order], share[order], lift[order]
@@ -107,32 +104,28 @@ def typical(pairs, everywhere, C, prior=20):
 
 class Strongest:
     """The n largest values of each of C concepts, at most one per block, and where they occur."""
-    def __init__(self, C, n=CONTEXTS):
-        self.value = np.full((C, n), -np.inf, np.float32)
-        self.where = np.full((C, n), -1, np.int64)
+    def __init__(self, C, n=CONTEXTS, device="cpu"):
+        self.value = torch.full((C, n), -torch.inf, device=device)
+        self.where = torch.full((C, n), NOWHERE, device=device)
 
     def add(self, top, where):
         """top: TopK (rows, T, k). where: position in the file of each token, (rows, T)."""
-        (rows, T, k), n = top.values.shape, self.value.shape[1]
-        value, concept = (t.flatten().cpu().numpy() for t in (top.values.float(), top.indices))
-        place = np.flatnonzero(value > self.value[concept, -1])  # candidates: soon very few
-        value, concept = value[place], concept[place]
-        first, _ = best_per_group(concept * rows + place // (T * k), value, 1)  # one per block
-        value, concept, at = value[first], concept[first], where.flatten()[place[first] // k]
-        touched = np.unique(concept)
-        group = np.concatenate((np.repeat(touched, n), concept))
-        value = np.concatenate((self.value[touched].ravel(), value))
-        at = np.concatenate((self.where[touched].ravel(), at))
-        order, rank = best_per_group(group, value, n)
-        self.value[group[order], rank] = value[order]
-        self.where[group[order], rank] = at[order]
+        (rows, T, k), (C, n) = top.values.shape, self.value.shape
+        value, concept = top.values.float().flatten(1), top.indices.flatten(1)
+        best = value.new_full((rows, C), -torch.inf).scatter_reduce_(1, concept, value, "amax")
+        is_best = value == best.gather(1, concept)
+        place = where.repeat_interleave(k, dim=1).masked_fill(~is_best, NOWHERE)
+        first = place.new_full((rows, C), NOWHERE).scatter_reduce_(1, concept, place, "amin")
+        values, places = torch.cat((self.value, best.T), 1), torch.cat((self.where, first.T), 1)
+        values, order = values.sort(dim=1, descending=True, stable=True)
+        self.value, self.where = values[:, :n], places.gather(1, order[:, :n])
 
     def contexts(self, tokens):
         """(tokens around each place (C, n, BEFORE + 1 + AFTER), padded with -1; the values)."""
-        places = self.where[..., None] + np.arange(-BEFORE, AFTER + 1)
-        inside = (places >= 0) & (places < len(tokens)) & (self.where[..., None] >= 0)
+        places = self.where.cpu().numpy()[..., None] + np.arange(-BEFORE, AFTER + 1)
+        inside = (places >= 0) & (places < len(tokens))
         around = np.where(inside, tokens[places * inside].astype(np.int32), -1)
-        return torch.from_numpy(around), torch.from_numpy(self.value)
+        return torch.from_numpy(around), self.value.cpu()
 
 def column_norms(model):
     """‖W_:,i‖ of the compress matrix, (C,): how far one unit of each concept moves ĉ."""
@@ -170,27 +163,30 @@ def build_index(content, model, concept_model, tokens, device):
     rows = max(1, min(per_step // T, -(-tokens // T), (len(train) - 1) // T))
     batches = Batches(train, T, rows, V, shift=False)
     steps = max(1, min(round(tokens / (rows * T)), batches.blocks // rows))
-    labelled = torch.zeros(C, dtype=torch.long, device=device)
-    predicted, activations = torch.zeros_like(labelled), labelled.new_zeros(C * bins)
-    edges, everywhere = EDGES[1:-1].to(device), np.zeros(V, np.int64)
+    def count(ids, n):
+        return torch.bincount(ids.flatten(), minlength=n)
+
+    labelled = predicted = activations = everywhere = 0
+    edges = EDGES[1:-1].to(device)
     current, following = PairCounts(), PairCounts()
-    strongest, most_predicted = Strongest(C), Strongest(C)
+    strongest, most_predicted = Strongest(C, device=device), Strongest(C, device=device)
     with progress(steps * rows * T, "concept index", "tok", unit_scale=True, leave=False) as bar:
         for step in range(steps):
             x, y = (t.to(device) for t in batches[step])
             labels, _, active = concept_model.targets(x, y, teaches=False)
             kept = model.concepts(x)
-            labelled += torch.bincount(labels.flatten(), minlength=C)
-            predicted += torch.bincount(kept.indices.flatten(), minlength=C)
+            labelled += count(labels, C)
+            predicted += count(kept.indices, C)
             bin_of = active.indices * bins + torch.bucketize(active.values, edges)
-            activations += torch.bincount(bin_of[active.values > 0], minlength=C * bins)
-            everywhere += np.bincount(torch.cat((x, y)).flatten().cpu().numpy(), minlength=V)
+            activations += count(bin_of[active.values > 0], C * bins)
+            everywhere += count(torch.cat((x, y)), V)
             current.add((labels * V + x[..., None]).flatten().cpu().numpy())
             following.add((labels * V + y[..., None]).flatten().cpu().numpy())
-            where = batches.starts(step)[:, None] + np.arange(T)
-            strongest.add(active, where)
-            most_predicted.add(kept, where)
+            where = torch.from_numpy(batches.starts(step))[:, None] + torch.arange(T)
+            strongest.add(active, where.to(device))
+            most_predicted.add(kept, where.to(device))
             bar.update(y.numel())
+    everywhere = everywhere.cpu().numpy()
     promotes, suppresses, norm = torch.zeros(C, 0).int(), torch.zeros(C, 0).int(), torch.zeros(C)
     if c.mix != "none":
         (promotes, suppresses), norm = promoted(model), torch.from_numpy(column_norms(model))
@@ -221,29 +217,35 @@ def index_of_run(path, content, model, concept_model, device, tokens=None):
         torch.save(index._asdict(), file)
     return index
 
+def texts(tokens, n=5):
+    """The first n tokens of a list of `describe`."""
+    return " ".join(repr(token) for token, *_ in tokens[:n])
+
 def describe(index, concept, tokenizer):
     """What the index knows about a concept, as plain values, with tokens as text."""
+    row = {name: t[concept].tolist() for name, t in index._asdict().items() if torch.is_tensor(t)}
+
     def text(ids):
         return tokenizer.decode([t for t in ids if t >= 0])
-    def row(tensor, digits=None):
-        return [round(v, digits) if digits else v for v in tensor[concept].tolist()]
+
     def tokens(ids, share, lift):
-        found = zip(row(ids), row(share, 4), row(lift, 2), strict=True)
-        return [[text([t]), s, l] for t, s, l in found if t >= 0]
+        return [[text([t]), round(s, 4), round(x, 2)]
+                for t, s, x in zip(row[ids], row[share], row[lift], strict=True) if t >= 0]
+
     def contexts(ids, values):
         return [[text(t[:BEFORE]), text(t[BEFORE:BEFORE + 1]), text(t[BEFORE + 1:]), round(v, 2)]
-                for t, v in zip(row(ids), row(values), strict=True) if v > -torch.inf]
+                for t, v in zip(row[ids], row[values], strict=True) if v > -torch.inf]
+
+    near = zip(row["neighbours"], row["cosine"], strict=True)
     return dict(
-        id=concept, labelled=index.labelled[concept].item(),
-        predicted=index.predicted[concept].item(), norm=round(index.norm[concept].item(), 4),
-        next=tokens(index.next_tokens, index.next_share, index.next_lift),
-        current=tokens(index.current_tokens, index.current_share, index.current_lift),
-        promotes=[text([t]) for t in row(index.promotes)],
-        suppresses=[text([t]) for t in row(index.suppresses)],
-        neighbours=list(map(list, zip(row(index.neighbours), row(index.cosine, 3), strict=True))),
-        activations=row(index.activations),
-        contexts=contexts(index.contexts, index.contexts_activation),
-        predictions=contexts(index.predictions, index.predictions_logit))
+        id=concept, labelled=row["labelled"], predicted=row["predicted"],
+        norm=round(row["norm"], 4), next=tokens("next_tokens", "next_share", "next_lift"),
+        current=tokens("current_tokens", "current_share", "current_lift"),
+        promotes=[text([t]) for t in row["promotes"]],
+        suppresses=[text([t]) for t in row["suppresses"]],
+        neighbours=[[i, round(cosine, 3)] for i, cosine in near], activations=row["activations"],
+        contexts=contexts("contexts", "contexts_activation"),
+        predictions=contexts("predictions", "predictions_logit"))
 
 def used(index):
     """The concepts that were ever a label or predicted, most used first."""

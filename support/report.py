@@ -8,7 +8,7 @@ from support.runtime import UserError
 import numpy as np
 import torch
 
-from support.concept_index import CONTEXTS, EDGES, NAME, describe, find, used
+from support.concept_index import CONTEXTS, EDGES, NAME, describe, find, texts, used
 from support.curves import new_figure, picture_path, save_figure
 from support.files import atomic_write
 from support.tokens import Batches, tokens_of_run
@@ -61,10 +61,9 @@ def print_table(index, entries):
     print(f"{'concept':>8} {'label at':>9} {'predicted':>9} {'‖W‖':>6}  "
           "current tokens  →  typical next tokens")
     for e in entries:
-        current = " ".join(repr(token) for token, *_ in e["current"][:5])
-        following = " ".join(repr(token) for token, *_ in e["next"][:5])
         print(f"{e['id']:8} {e['labelled'] / index.tokens:9.2%} "
-              f"{e['predicted'] / index.tokens:9.2%} {e['norm']:6.2f}  {current}  →  {following}")
+              f"{e['predicted'] / index.tokens:9.2%} {e['norm']:6.2f}  "
+              f"{texts(e['current'])}  →  {texts(e['next'])}")
 
 @torch.no_grad()
 def passages(content, model, concept_model, tokenizer, n=4, length=96):

@@ -1,8 +1,7 @@
 """The concept index: what each concept of a run means, read off the training text.
 
 One pass over training tokens finds the tokens at which each concept is a label, the tokens that
-follow (the typical ones are its name everywhere), and where it is strongest. The index is saved
-next to the run as concepts.pt; the report, sample.py and eval.py use it.
+follow (the typical ones are its name), and where it is strongest. Saved next to the run.
 """
 import math
 from pathlib import Path
@@ -48,17 +47,16 @@ class ConceptIndex(NamedTuple):
     predictions_logit: torch.Tensor
 
     def next_ids(self, concept, n=NAME):
-        """The first n ≤ NAME typical next tokens, as a list."""
-        return [t for t in self.next_tokens[concept, :min(n, NAME)].tolist() if t >= 0]
+        """The first n typical next tokens, as a list."""
+        return [t for t in self.next_tokens[concept, :n].tolist() if t >= 0]
 
     def name(self, concept, tokenizer, n=5):
         """The typical next tokens as text, such as `'self' 'path' 'get'`."""
-        texts = [repr(tokenizer.decode([t])) for t in self.next_ids(concept, n)]
-        return " ".join(texts) or "(never a label)"
+        names = [repr(tokenizer.decode([t])) for t in self.next_ids(concept, n)]
+        return " ".join(names) or "(never a label)"
 
 class PairCounts:
-    """Counts of (concept, token) pairs. Memory is bounded: of more than `limit` different pairs,
-    each merge drops the rarest."""
+    """Counts of (concept, token) pairs; each merge keeps only the `limit` most frequent ones."""
     def __init__(self, limit=1 << 23):
         self.limit, self.new = limit, []
         self.keys = self.counts = np.empty(0, np.int64)
@@ -82,13 +80,13 @@ class PairCounts:
 def typical(pairs, everywhere, C, prior=20):
     """The tokens most typical of each concept: (ids, share, lift), each (C, TOKENS).
 
-    share = p(token | concept), smoothed by `prior` pseudo-observations from p(token), because two
-    occurrences prove little; lift = share / p(token). Sorted by share · log lift, the token's term
-    of the KL divergence: lift alone favours rare tokens, share alone common ones. Only lift > 1.
+    share = p(token | concept), smoothed by `prior` pseudo-observations from p(token);
+    lift = share / p(token) > 1. Sorted by share · log lift, the token's term of the KL divergence:
+    lift alone favours rare tokens, share alone common ones.
     """
     pairs.merge()
     concept, token = np.divmod(pairs.keys, len(everywhere))  # concepts ascending
-    p = everywhere[token] / everywhere.sum()
+    p = everywhere.numpy()[token] / everywhere.sum().item()
     share = (pairs.counts + prior * p) / (np.bincount(concept, pairs.counts, C)[concept] + prior)
     lift = share / p
     score = share * np.log(lift)
@@ -96,11 +94,11 @@ def typical(pairs, everywhere, C, prior=20):
     rank = np.arange(len(order)) - np.searchsorted(concept, concept)
     best = (rank < TOKENS) & (score[order] > 0)
     order, rank = order[best], rank[best]
-    table = np.zeros((3, C, TOKENS))
+    table = np.zeros((3, C, TOKENS), np.float32)
     table[0] = -1
     table[:, concept[order], rank] = token[order], share[order], lift[order]
     ids, share, lift = torch.from_numpy(table)
-    return ids.int(), share.float(), lift.float()
+    return ids.int(), share, lift
 
 class Strongest:
     """The n largest values of each of C concepts, at most one per block, and where they occur."""
@@ -110,7 +108,7 @@ class Strongest:
 
     def add(self, top, where):
         """top: TopK (rows, T, k). where: position in the file of each token, (rows, T)."""
-        (rows, T, k), (C, n) = top.values.shape, self.value.shape
+        rows, k, (C, n) = len(where), top.values.shape[-1], self.value.shape
         value, concept = top.values.float().flatten(1), top.indices.flatten(1)
         best = value.new_full((rows, C), -torch.inf).scatter_reduce_(1, concept, value, "amax")
         is_best = value == best.gather(1, concept)
@@ -122,7 +120,7 @@ class Strongest:
 
     def contexts(self, tokens):
         """(tokens around each place (C, n, BEFORE + 1 + AFTER), padded with -1; the values)."""
-        places = self.where.cpu().numpy()[..., None] + np.arange(-BEFORE, AFTER + 1)
+        places = self.where[..., None].cpu().numpy() + np.arange(-BEFORE, AFTER + 1)
         inside = (places >= 0) & (places < len(tokens))
         around = np.where(inside, tokens[places * inside].astype(np.int32), -1)
         return torch.from_numpy(around), self.value.cpu()
@@ -150,22 +148,22 @@ def neighbours(directions, n=NEIGHBOURS):
         cosine = directions[first:first + 1024] @ directions.T
         cosine[:, first:first + len(cosine)].fill_diagonal_(-torch.inf)  # not its own neighbour
         tops.append(cosine.topk(min(n, len(directions) - 1)))
-    return (torch.cat([top.indices for top in tops]).int().cpu(),
-            torch.cat([top.values for top in tops]).cpu())
+    values, ids = (torch.cat(parts).cpu() for parts in zip(*tops, strict=True))
+    return ids.int(), values
+
+def count(ids, n):
+    return torch.bincount(ids.flatten(), minlength=n)
 
 @torch.no_grad()
 def build_index(content, model, concept_model, tokens, device):
     """The ConceptIndex of a run over about `tokens` training tokens, in bounded memory."""
-    c = model.config
-    C, V, T, bins = c.n_concepts, c.vocab_size, c.block_size, len(EDGES) - 1
+    c, bins = model.config, len(EDGES) - 1
+    C, V, T = c.n_concepts, c.vocab_size, c.block_size
     train = tokens_of_run(content, "train")
     per_step = 4096 if device.type == "cpu" else 32768
     rows = max(1, min(per_step // T, -(-tokens // T), (len(train) - 1) // T))
     batches = Batches(train, T, rows, V, shift=False)
     steps = max(1, min(round(tokens / (rows * T)), batches.blocks // rows))
-    def count(ids, n):
-        return torch.bincount(ids.flatten(), minlength=n)
-
     labelled = predicted = activations = everywhere = 0
     edges = EDGES[1:-1].to(device)
     current, following = PairCounts(), PairCounts()
@@ -182,18 +180,17 @@ def build_index(content, model, concept_model, tokens, device):
             everywhere += count(torch.cat((x, y)), V)
             current.add((labels * V + x[..., None]).flatten().cpu().numpy())
             following.add((labels * V + y[..., None]).flatten().cpu().numpy())
-            where = torch.from_numpy(batches.starts(step))[:, None] + torch.arange(T)
-            strongest.add(active, where.to(device))
-            most_predicted.add(kept, where.to(device))
+            where = torch.from_numpy(batches.starts(step)[:, None] + np.arange(T)).to(device)
+            strongest.add(active, where)
+            most_predicted.add(kept, where)
             bar.update(y.numel())
-    everywhere = everywhere.cpu().numpy()
     promotes, suppresses, norm = torch.zeros(C, 0).int(), torch.zeros(C, 0).int(), torch.zeros(C)
     if c.mix != "none":
         (promotes, suppresses), norm = promoted(model), torch.from_numpy(column_norms(model))
     return ConceptIndex(
         model_hash(model), tokens, steps * rows * T,
         labelled.cpu(), predicted.cpu(), activations.view(C, -1).cpu(),
-        *typical(following, everywhere, C), *typical(current, everywhere, C),
+        *typical(following, everywhere.cpu(), C), *typical(current, everywhere.cpu(), C),
         promotes, suppresses, norm, *neighbours(concept_model.sae.decoder),
         *strongest.contexts(train), *most_predicted.contexts(train))
 
@@ -202,13 +199,12 @@ def index_of_run(path, content, model, concept_model, device, tokens=None):
     of the same weights and `tokens` training tokens (None: any number), else built and saved.
     concept_model: the run's ConceptModel, or a function that loads it if it is needed."""
     stored = Path(path).parent / "concepts.pt"
-    if stored.is_file():
-        try:
-            found = ConceptIndex(**read_tensors(stored, "a concept index"))
-            if found.checkpoint == model_hash(model) and tokens in (None, found.requested):
-                return found
-        except (UserError, TypeError):
-            pass  # damaged, or of an older version: build it again
+    try:
+        found = ConceptIndex(**read_tensors(stored, "a concept index"))
+        if found.checkpoint == model_hash(model) and tokens in (None, found.requested):
+            return found
+    except (FileNotFoundError, UserError, TypeError):
+        pass  # missing, damaged, or of an older version
     tokens = tokens or 1_000_000
     print(f"building {stored} from {tokens:,} training tokens (once per checkpoint)")
     loaded = concept_model() if callable(concept_model) else concept_model
@@ -224,27 +220,23 @@ def texts(tokens, n=5):
 def describe(index, concept, tokenizer):
     """What the index knows about a concept, as plain values, with tokens as text."""
     row = {name: t[concept].tolist() for name, t in index._asdict().items() if torch.is_tensor(t)}
-
     def text(ids):
         return tokenizer.decode([t for t in ids if t >= 0])
-
-    def tokens(ids, share, lift):
-        return [[text([t]), round(s, 4), round(x, 2)]
-                for t, s, x in zip(row[ids], row[share], row[lift], strict=True) if t >= 0]
-
+    def typical_tokens(kind):
+        lists = (row[f"{kind}_{what}"] for what in ("tokens", "share", "lift"))
+        return [[text([t]), round(share, 4), round(lift, 2)]
+                for t, share, lift in zip(*lists, strict=True) if t >= 0]
     def contexts(ids, values):
         return [[text(t[:BEFORE]), text(t[BEFORE:BEFORE + 1]), text(t[BEFORE + 1:]), round(v, 2)]
                 for t, v in zip(row[ids], row[values], strict=True) if v > -torch.inf]
-
-    near = zip(row["neighbours"], row["cosine"], strict=True)
     return dict(
         id=concept, labelled=row["labelled"], predicted=row["predicted"],
-        norm=round(row["norm"], 4), next=tokens("next_tokens", "next_share", "next_lift"),
-        current=tokens("current_tokens", "current_share", "current_lift"),
+        norm=round(row["norm"], 4), next=typical_tokens("next"), current=typical_tokens("current"),
         promotes=[text([t]) for t in row["promotes"]],
         suppresses=[text([t]) for t in row["suppresses"]],
-        neighbours=[[i, round(cosine, 3)] for i, cosine in near], activations=row["activations"],
-        contexts=contexts("contexts", "contexts_activation"),
+        neighbours=[[i, round(cosine, 3)]
+                    for i, cosine in zip(row["neighbours"], row["cosine"], strict=True)],
+        activations=row["activations"], contexts=contexts("contexts", "contexts_activation"),
         predictions=contexts("predictions", "predictions_logit"))
 
 def used(index):
@@ -253,17 +245,17 @@ def used(index):
     return use.argsort(descending=True, stable=True)[:(use > 0).sum()].tolist()
 
 def similarity(token, word):
-    """Ratio of lengths if one contains the other, which is not too short; else 0."""
+    """Ratio of lengths if one contains the other and is not much shorter; else 0."""
     short, long = sorted((token.strip().lower(), word), key=len)
-    too_short = short != long and (len(short) < 3 or 2 * len(short) < len(long))
-    return len(short) / len(long) if short in long and not too_short else 0.0
+    close = short == long or len(short) >= max(3, len(long) / 2)
+    return len(short) / len(long) if close and short in long else 0.0
 
 def find(entries, query):
     """The entries (see `describe`) that match the words of a query, best match first.
 
     A word scores similarity · share · log lift (see `typical`) over the concept's tokens, plus a
-    tenth of the share of its contexts that contain it. The square roots are summed: a match for
-    every word beats a strong match for one.
+    tenth of the share of its contexts that contain it. Square roots are summed: a match for every
+    word beats a strong match for one.
     """
     def score(e, word):
         total = sum(similarity(token, word) * share * math.log(lift)

@@ -114,7 +114,8 @@ STEERING = (("model", "model", "{}"), ("factor", "factor", "{:g}"),
             ("perplexity", "val perplexity", "{:.1f}"))
 
 def plot_steering(path, summary):
-    """Gain by factor, perplexity by factor, and gain by perplexity; one line per model."""
+    """Gain by factor, perplexity by factor, and gain by perplexity, one line per model. Returns
+    the path written."""
     figure, axes = new_figure(1, 3, 13, 4)
     gain, cost = "typical next tokens, × unsteered", "val perplexity, % above unsteered"
     style = dict(marker="o", markersize=4)
@@ -137,4 +138,4 @@ def plot_steering(path, summary):
         axis.grid(alpha=0.3)
     axes[2].set_xscale("log")
     axes[0].legend(frameon=False)
-    save_figure(figure, path)
+    return save_figure(figure, path)

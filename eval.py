@@ -92,8 +92,7 @@ def evaluate(content, model, device, tokens=None, batch_size=16):
 def official_perplexity(content, model, device, tokens=None, batch_size=16):
     """As the official code computes it: block_size - 1 targets per block, the remainder dropped."""
     size, val = model.config.block_size, tokens_of_run(content, "val")[:tokens]
-    if len(val) < size:
-        raise UserError(f"official: val has {len(val)} tokens, less than one block of {size}")
+    assert len(val) >= size, f"official: val has {len(val)} tokens, less than one block of {size}"
     blocks = torch.from_numpy(val[:len(val) // size * size].astype("int64")).view(-1, size)
     loss = 0.0
     for rows in blocks.to(device).split(batch_size):
@@ -117,10 +116,10 @@ def evaluate_checkpoint(name, content, model, log, tasks, device, cfg):
         raise UserError(f"nothing to evaluate {name} on: add --dataset=NAME, in GPT-2's tokens, or "
                         "--eval_data=DIR with the tasks' documents")
     if trained["dataset"] is not None:
-        row |= evaluate(content, model, device, cfg.tokens, cfg.batch_size)
+        size = cfg.tokens, cfg.batch_size
+        row |= evaluate(content, model, device, *size)
         if cfg.official:
-            row["official_perplexity"] = official_perplexity(content, model, device, cfg.tokens,
-                                                             cfg.batch_size)
+            row["official_perplexity"] = official_perplexity(content, model, device, *size)
     if tasks:
         tokenizer = load_tokenizer(content["tokenizer"])
         for task, documents in tasks.items():
@@ -138,16 +137,6 @@ def append(path, *rows):
             row = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
             file.write(json.dumps(row) + "\n")
 
-def checkpoints_of(path, every):
-    """A run's checkpoint, or all that train.py --keep_checkpoints kept."""
-    if not every:
-        return [path]
-    kept = sorted(path.parent.glob("step_*.pt"), key=lambda path: int(path.stem[5:]))
-    if not kept:
-        raise UserError(f"{path.parent} has its last checkpoint only; --every needs a run trained "
-                        "with --keep_checkpoints")
-    return kept
-
 def evaluate_all(cfg, paths, device):
     """Evaluate checkpoints and cfg.model: (rows, {name: log}). Rows are appended to eval.jsonl."""
     rows, logs = [], {}
@@ -155,7 +144,13 @@ def evaluate_all(cfg, paths, device):
     for name, path in curves.named(paths):
         log_path = path.with_name("log.jsonl")
         logs[name] = read_log(log_path) if log_path.is_file() else []
-        for checkpoint in checkpoints_of(path, cfg.every):
+        kept = [path]
+        if cfg.every:
+            kept = sorted(path.parent.glob("step_*.pt"), key=lambda path: int(path.stem[5:]))
+        if not kept:
+            raise UserError(f"{path.parent} has its last checkpoint only; --every needs a run "
+                            "trained with --keep_checkpoints")
+        for checkpoint in kept:
             content = load_checkpoint(checkpoint, (*RUN, "step"))
             so_far = [line for line in logs[name] if line["step"] <= content["step"]]
             rows.append(evaluate_checkpoint(name, content, load_model(content, device), so_far,
@@ -164,8 +159,7 @@ def evaluate_all(cfg, paths, device):
             append(path.with_name("eval.jsonl"), rows[-1] | about)
     if cfg.model is not None:
         model, tokenizer = load_gpt(cfg.model, device)
-        if tokenizer != "gpt2":
-            raise UserError(f"model={cfg.model!r} is a run of ours, not GPT-2: leave --model= out")
+        assert tokenizer == "gpt2", f"model={cfg.model!r} is a run of ours: leave --model= out"
         content = dict(model_config=asdict(model.config), tokenizer="gpt2", tokenizer_hash="gpt2",
                        train_config=dict(method="gpt2", dataset=cfg.dataset))
         rows.append(evaluate_checkpoint(cfg.model, content, model, [], tasks("gpt2"), device, cfg))
@@ -173,8 +167,7 @@ def evaluate_all(cfg, paths, device):
 
 def main_evaluate(cfg, runs, device):
     torch.set_float32_matmul_precision("highest")  # TF32 would round the harness's numbers
-    if not runs and cfg.model is None:
-        runs = [None]  # the newest
+    runs = runs or ([None] if cfg.model is None else [])  # None: the newest
     rows, logs = evaluate_all(cfg, list(map(find_checkpoint, runs)), device)
     if any("loss" in row for row in rows):
         print(curves.table(rows))
@@ -183,19 +176,17 @@ def main_evaluate(cfg, runs, device):
     if cfg.write:
         append(cfg.write, *rows)
     if cfg.plot:
-        if not logs:
-            raise UserError("nothing to draw: no log.jsonl next to these checkpoints")
+        assert logs, "nothing to draw: no log.jsonl next to these checkpoints"
         print(f"curves: {curves.plot(cfg.plot, curves.read_curves(logs))}")
 
 def main_steering(cfg, runs, device):
     curves.picture_path(cfg.plot)
-    if len(runs) > 1:
-        raise UserError(f"--steering takes one run, not {len(runs)}: {' '.join(runs)}")
+    assert len(runs) < 2, f"--steering takes one run, not {len(runs)}: {' '.join(runs)}"
     path = find_checkpoint(runs[0] if runs else None)
     content = load_checkpoint(path, RUN)
     model, val = load_model(content, device), tokens_of_run(content, "val")
-    if model.config.insert != "concept" or model.config.mix == "none":
-        raise UserError(f"{path}: nothing to steer: --steering needs a cocomix run with a mix")
+    assert model.config.insert == "concept" and model.config.mix != "none", (
+        f"{path}: nothing to steer: --steering needs a cocomix run with a mix")
     concept_model = concepts.concept_model_of_run(content, device)
     index = index_of_run(path, content, model, concept_model, device)
     models = {"CoCoMix": model, "concept model": concepts.steerable(concept_model)}
@@ -218,9 +209,8 @@ def main(argv):
     device = pick_device(cfg.device)
     if cfg.steering:
         return main_steering(cfg, runs, device)
-    if cfg.compare and not runs:
-        raise UserError("--compare needs runs or their logs: eval.py --compare out/A out/B")
     if cfg.compare:
+        assert runs, "--compare needs runs or their logs: eval.py --compare out/A out/B"
         return curves.compare(runs, cfg.plot or "out/compare")
     return main_evaluate(cfg, runs, device)
 

@@ -82,8 +82,8 @@ def look_up(words, index, tokenizer):
     """The best match for the words, as in `concepts.py --find`. Prints what it found."""
     found = find([describe(index, concept, tokenizer) for concept in used(index)], words)
     if not found:
-        raise UserError(f"steer={words!r}: no concept matches; python concepts.py RUN lists them, "
-                        "--find=WORDS searches them")
+        raise UserError(f"steer={words!r}: no concept matches; concepts.py RUN --find=WORDS "
+                        "searches them")
     concept = found[0]["id"]
     print(f"{words!r}: concept {concept}, at {texts(found[0]['current'])}, "
           f"before {index.name(concept, tokenizer)}")
@@ -203,8 +203,8 @@ def load_models(cfg, content, model, load_concept_model):
         raise UserError(f"method={content['train_config']['method']!r} has no concepts: --steer, "
                         "--inspect and --model need a cocomix run")
     if cfg.steer and c.mix == "none" and which != "concept":
-        raise UserError("mix='none': this run mixes no concepts in that could be steered; "
-                        "--model=concept steers its concept model")
+        raise UserError("mix='none' leaves nothing to steer; --model=concept steers the concept "
+                        "model")
     models = {} if which == "concept" else {"CoCoMix": model}
     if which != "run":
         try:
@@ -224,8 +224,8 @@ def main(argv):
     content = load_checkpoint(path, RUN)
     model, tokenizer = load_model(content, device), load_tokenizer(content["tokenizer"])
     load_concept_model = partial(concept_model_of_run, content, device)
-    prompt = read_prompt(cfg.start, tokenizer)
-    idx, C = torch.tensor([prompt], device=device), model.config.n_concepts
+    prompt, C = read_prompt(cfg.start, tokenizer), model.config.n_concepts
+    idx = torch.tensor([prompt], device=device)
     models = load_models(cfg, content, model, load_concept_model)
 
     auto, index, variants, scale = cfg.steer == "auto", None, [("", {})], None

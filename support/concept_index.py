@@ -94,11 +94,11 @@ def typical(pairs, everywhere, C, prior=20):
     rank = np.arange(len(order)) - np.searchsorted(concept, concept)
     best = (rank < TOKENS) & (score[order] > 0)
     order, rank = order[best], rank[best]
-    table = np.zeros((3, C, TOKENS), np.float32)
+    table = np.zeros((3, C, TOKENS))
     table[0] = -1
     table[:, concept[order], rank] = token[order], share[order], lift[order]
     ids, share, lift = torch.from_numpy(table)
-    return ids.int(), share, lift
+    return ids.int(), share.float(), lift.float()
 
 class Strongest:
     """The n largest values of each of C concepts, at most one per block, and where they occur."""
@@ -131,15 +131,14 @@ def column_norms(model):
 
 @torch.no_grad()
 def promoted(model, n=TOKENS):
-    """The n tokens whose logits each W_:,i raises most and lowers most, (C, n) each, on the direct
+    """The n tokens whose logits each W_:,i raises most, and lowers most, (2, C, n), on the direct
     path from ĉ to the head. The final LayerNorm's division by σ does not change their order."""
     weight = model.wte.weight[:model.config.vocab_size]
-    up, down = [], []
+    tokens = []
     for rows in model.mixer.compress.split(1024):
         effect = ((rows - rows.mean(1, keepdim=True)) * model.ln_f.weight) @ weight.T
-        up.append(effect.topk(n).indices)
-        down.append((-effect).topk(n).indices)
-    return torch.cat(up).int().cpu(), torch.cat(down).int().cpu()
+        tokens.append(torch.stack((effect.topk(n).indices, (-effect).topk(n).indices)))
+    return torch.cat(tokens, 1).int().cpu()
 
 def neighbours(directions, n=NEIGHBOURS):
     """Nearest concepts by cosine: unit rows (C, d) → ids and cosines, (C, n) each."""
@@ -150,9 +149,6 @@ def neighbours(directions, n=NEIGHBOURS):
         tops.append(cosine.topk(min(n, len(directions) - 1)))
     values, ids = (torch.cat(parts).cpu() for parts in zip(*tops, strict=True))
     return ids.int(), values
-
-def count(ids, n):
-    return torch.bincount(ids.flatten(), minlength=n)
 
 @torch.no_grad()
 def build_index(content, model, concept_model, tokens, device):
@@ -165,33 +161,32 @@ def build_index(content, model, concept_model, tokens, device):
     batches = Batches(train, T, rows, V, shift=False)
     steps = max(1, min(round(tokens / (rows * T)), batches.blocks // rows))
     labelled = predicted = activations = everywhere = 0
-    edges = EDGES[1:-1].to(device)
-    current, following = PairCounts(), PairCounts()
+    current, following, edges = PairCounts(), PairCounts(), EDGES[1:-1].to(device)
     strongest, most_predicted = Strongest(C, device=device), Strongest(C, device=device)
     with progress(steps * rows * T, "concept index", "tok", unit_scale=True, leave=False) as bar:
         for step in range(steps):
             x, y = (t.to(device) for t in batches[step])
             labels, _, active = concept_model.targets(x, y, teaches=False)
             kept = model.concepts(x)
-            labelled += count(labels, C)
-            predicted += count(kept.indices, C)
+            labelled += labels.flatten().bincount(minlength=C)
+            predicted += kept.indices.flatten().bincount(minlength=C)
             bin_of = active.indices * bins + torch.bucketize(active.values, edges)
-            activations += count(bin_of[active.values > 0], C * bins)
-            everywhere += count(torch.cat((x, y)), V)
+            activations += bin_of[active.values > 0].bincount(minlength=C * bins)
+            everywhere += torch.cat((x, y)).flatten().bincount(minlength=V)
             current.add((labels * V + x[..., None]).flatten().cpu().numpy())
             following.add((labels * V + y[..., None]).flatten().cpu().numpy())
             where = torch.from_numpy(batches.starts(step)[:, None] + np.arange(T)).to(device)
             strongest.add(active, where)
             most_predicted.add(kept, where)
             bar.update(y.numel())
-    promotes, suppresses, norm = torch.zeros(C, 0).int(), torch.zeros(C, 0).int(), torch.zeros(C)
+    effects, norm = torch.zeros(2, C, 0).int(), torch.zeros(C)
     if c.mix != "none":
-        (promotes, suppresses), norm = promoted(model), torch.from_numpy(column_norms(model))
+        effects, norm = promoted(model), torch.from_numpy(column_norms(model))
     return ConceptIndex(
         model_hash(model), tokens, steps * rows * T,
         labelled.cpu(), predicted.cpu(), activations.view(C, -1).cpu(),
         *typical(following, everywhere.cpu(), C), *typical(current, everywhere.cpu(), C),
-        promotes, suppresses, norm, *neighbours(concept_model.sae.decoder),
+        *effects, norm, *neighbours(concept_model.sae.decoder),
         *strongest.contexts(train), *most_predicted.contexts(train))
 
 def index_of_run(path, content, model, concept_model, device, tokens=None):
@@ -207,8 +202,8 @@ def index_of_run(path, content, model, concept_model, device, tokens=None):
         pass  # missing, damaged, or of an older version
     tokens = tokens or 1_000_000
     print(f"building {stored} from {tokens:,} training tokens (once per checkpoint)")
-    loaded = concept_model() if callable(concept_model) else concept_model
-    index = build_index(content, model, loaded, tokens, device)
+    concept_model = concept_model() if callable(concept_model) else concept_model
+    index = build_index(content, model, concept_model, tokens, device)
     with atomic_write(stored) as file:
         torch.save(index._asdict(), file)
     return index

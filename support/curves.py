@@ -103,7 +103,7 @@ def read_curves(logs):
     """{name: log lines} → {name: Curve}. Logs named NAME-SEED are seeds of one method NAME."""
     groups = {}
     for name, log in logs.items():
-        seed = str(log[0].get("seed")) if log else "None"
+        seed = log[0].get("seed") if log else None
         groups.setdefault(name.removesuffix(f"-{seed}"), []).append(log)
     return {name: read_curve(name, group) for name, group in groups.items()}
 
@@ -222,9 +222,8 @@ def plot(path, curves, panels=None):
     """Draw {name: Curve}: validation loss against tokens, FLOPs and training time, with a band from
     the best to the worst seed. The steep first fifth of training may lie above the picture.
     panels {title: names}: one row of three for each. Returns the paths written."""
-    panels = {title: [name for name in names if name in curves]
-              for title, names in (panels or {}).items()}
-    panels = {title: names for title, names in panels.items() if names} or {"": list(curves)}
+    panels = {title: found for title, names in (panels or {}).items()
+              if (found := [name for name in names if name in curves])} or {"": list(curves)}
     height = 4 if len(panels) == 1 else 3 * len(panels)
     figure, rows = new_figure(len(panels), 3, 13, height, sharey="row", squeeze=False)
     for (title, names), axes in zip(panels.items(), rows, strict=True):
@@ -292,8 +291,7 @@ def compare(runs, picture):
     curves = read_curves({name: read_log(path) for name, path in paths.items()})
     print(learning_curves(curves))
     print(f"curves: {plot(picture, curves)}")
-    beside = {name: path.with_name("eval.jsonl") for name, path in paths.items()
-              if path.name == "log.jsonl"}
-    evaluations = {name: read_log(path) for name, path in beside.items() if path.is_file()}
+    evaluations = {name: read_log(path.with_name("eval.jsonl")) for name, path in paths.items()
+                   if path.name == "log.jsonl" and path.with_name("eval.jsonl").is_file()}
     if any("/" in key for lines in evaluations.values() for line in lines for key in line):
         print(f"tasks: {plot_tasks(picture, evaluations)}")

@@ -48,9 +48,9 @@ def steering(models, index, val, device, n_concepts):
     block_size = min(model.config.block_size for model in models.values())
     for name, model in models.items():
         blocks = Batches(val, block_size, 1, model.config.vocab_size, shift=False)
-        n_prompts = min(PROMPTS, blocks.blocks)
+        n_prompts, n_loss = min(PROMPTS, blocks.blocks), -(-LOSS_TOKENS // block_size)
         prompts = torch.cat([blocks[i][0][:, :PROMPT_TOKENS] for i in range(n_prompts)]).to(device)
-        states = lower_states(model, blocks, device)
+        states = [lower_state(model, *blocks[i]) for i in range(min(n_loss, blocks.blocks))]
         with progress(len(chosen), f"steer {name}", "concept", leave=False) as bar:
             for concept in chosen:
                 variants = [{concept: factor} for factor in FACTORS]
@@ -66,17 +66,13 @@ def steering(models, index, val, device, n_concepts):
                 bar.update()
     return rows
 
-def lower_states(model, blocks, device):
-    """[(h at the input of block insert_at, targets)] of LOSS_TOKENS tokens: not steered yet."""
-    states = []
-    for i in range(min(-(-LOSS_TOKENS // blocks.block_size), blocks.blocks)):
-        x, y = blocks[i]
-        h = model.forward_blocks(model.embed(x.to(device)), 0, model.config.insert_at)
-        states.append((h, y.to(device)))
-    return states
+def lower_state(model, x, y):
+    """(h at the input of block insert_at: not steered yet; the targets)."""
+    x, y = x.to(model.wte.weight.device), y.to(model.wte.weight.device)
+    return model.forward_blocks(model.embed(x), 0, model.config.insert_at), y
 
 def steered_loss(model, states, scale):
-    """Mean next-token loss on `lower_states` under the factors scale (1, C)."""
+    """Mean next-token loss on the blocks of `lower_state` under the factors scale (1, C)."""
     losses = []
     for h, y in states:
         h_final = model.ln_f(model.finish(h, model.config.insert_at, scale=scale)[0])
@@ -87,15 +83,17 @@ def steered_loss(model, states, scale):
 def steering_summary(rows):
     """Rows of `steering` → one per model and factor, averaged over the concepts.
 
-    rate: share of typical next tokens. gain: geometric mean of (n + 1) / (n at factor 1, + 1), so
-    that all concepts weigh the same; gain_error: its first-order standard error over concepts.
-    raised: share of concepts whose next tokens became more frequent.
+    rate: share of typical next tokens. gain: geometric mean of (n + 1) / (n at factor 1, + 1);
+    gain_error: its first-order standard error over concepts. raised: share of concepts whose next
+    tokens became more frequent.
     """
     groups, summary = {}, []
     for row in rows:
         groups.setdefault((row["model"], row["factor"]), []).append(row)
     for (name, factor), some in groups.items():
-        logs = log_counts(some) - log_counts(groups[name, 1.0])
+        counts, plain = (torch.tensor([row["next_tokens"] + 1 for row in group]).double()
+                         for group in (some, groups[name, 1.0]))
+        logs = counts.log() - plain.log()
         gain = logs.mean().exp().item()
         error = logs.std(correction=min(1, len(logs) - 1)).item() / math.sqrt(len(logs))
         rate = sum(row["next_tokens"] / row["tokens"] for row in some) / len(some)
@@ -104,9 +102,6 @@ def steering_summary(rows):
                             gain_error=gain * error, perplexity=perplexity(loss),
                             raised=(logs > 0).double().mean().item()))
     return summary
-
-def log_counts(rows):
-    return torch.tensor([row["next_tokens"] + 1.0 for row in rows], dtype=torch.float64).log()
 
 STEERING = (("model", "model", "{}"), ("factor", "factor", "{:g}"),
             ("rate", "next tokens", "{:.2%}"), ("gain", "× unsteered", "{:.2f}"),
@@ -128,11 +123,10 @@ def plot_steering(path, summary):
         axes[0].errorbar(factors, gains, errors, capsize=2, label=name, **style)
         axes[1].plot(factors, costs, **style)
         points = [point for point in points if point[3] > 0]  # the axis is logarithmic
-        axes[2].errorbar([p[3] for p in points], [p[1] for p in points], [p[2] for p in points],
-                         capsize=2, linestyle="none", **style)
+        factors, gains, errors, costs = zip(*points, strict=True) if points else [()] * 4
+        axes[2].errorbar(costs, gains, errors, capsize=2, linestyle="none", **style)
         for factor, y, _, x in points:
-            axes[2].annotate(f"{factor:g}", (x, y), textcoords="offset points", xytext=(5, 4),
-                             fontsize=8)
+            axes[2].annotate(f"{factor:g}", (x, y), (5, 4), textcoords="offset points", fontsize=8)
     for axis, x, y in zip(axes, ("factor", "factor", cost), (gain, cost, gain), strict=True):
         axis.set(xlabel=x, ylabel=y)
         axis.grid(alpha=0.3)

@@ -63,8 +63,7 @@ def evaluate(content, model, device, tokens=None, batch_size=16):
     """The validation part of a row; label_concepts: how many different concepts are labels."""
     concept_model, c = concepts.concept_model_of_run(content, device), model.config
     val = tokens_of_run(content, "val")[:tokens and tokens + 1]
-    loss, concept_loss, hits, count = 0.0, 0.0, 0.0, 0
-    labelled = torch.zeros(c.n_concepts, dtype=torch.long, device=device)
+    loss, concept_loss, hits, count, labelled = 0.0, 0.0, 0.0, 0, 0
     with progress(len(val) - 1, "evaluate", "tok", unit_scale=True, leave=False) as bar:
         for x, y in sequential(val, c.block_size, batch_size, c.vocab_size):
             x, y = x.to(device), y.to(device)
@@ -159,7 +158,8 @@ def evaluate_all(cfg, paths, device):
             append(path.with_name("eval.jsonl"), rows[-1] | about)
     if cfg.model is not None:
         model, tokenizer = load_gpt(cfg.model, device)
-        assert tokenizer == "gpt2", f"model={cfg.model!r} is a run of ours: leave --model= out"
+        if tokenizer != "gpt2":
+            raise UserError(f"model={cfg.model!r} is a run of ours, not GPT-2: leave --model= out")
         content = dict(model_config=asdict(model.config), tokenizer="gpt2", tokenizer_hash="gpt2",
                        train_config=dict(method="gpt2", dataset=cfg.dataset))
         rows.append(evaluate_checkpoint(cfg.model, content, model, [], tasks("gpt2"), device, cfg))

@@ -82,8 +82,7 @@ def look_up(words, index, tokenizer):
     """The best match for the words, as in `concepts.py --find`. Prints what it found."""
     found = find([describe(index, concept, tokenizer) for concept in used(index)], words)
     if not found:
-        raise UserError(f"steer={words!r}: no concept matches; concepts.py RUN --find=WORDS "
-                        "searches them")
+        raise UserError(f"steer={words!r}: no concept matches; concepts.py --find=WORDS searches")
     concept = found[0]["id"]
     print(f"{words!r}: concept {concept}, at {texts(found[0]['current'])}, "
           f"before {index.name(concept, tokenizer)}")
@@ -203,8 +202,7 @@ def load_models(cfg, content, model, load_concept_model):
         raise UserError(f"method={content['train_config']['method']!r} has no concepts: --steer, "
                         "--inspect and --model need a cocomix run")
     if cfg.steer and c.mix == "none" and which != "concept":
-        raise UserError("mix='none' leaves nothing to steer; --model=concept steers the concept "
-                        "model")
+        raise UserError("mix='none' leaves nothing to steer but the concept model: --model=concept")
     models = {} if which == "concept" else {"CoCoMix": model}
     if which != "run":
         try:

@@ -220,7 +220,7 @@ def count_axis(axis):
 
 def plot(path, curves, panels=None):
     """Draw {name: Curve}: validation loss against tokens, FLOPs and training time, with a band from
-    the best to the worst seed. The steep first fifth of training may lie above the picture.
+    the best to the worst seed. The first fifth of training may lie above the picture.
     panels {title: names}: one row of three for each. Returns the paths written."""
     panels = {title: found for title, names in (panels or {}).items()
               if (found := [name for name in names if name in curves])} or {"": list(curves)}

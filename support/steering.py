@@ -36,13 +36,11 @@ def steering(models, index, val, device, n_concepts):
     multiplied by the factor at every position. All factors of a concept share prompts and random
     numbers. Returns rows of model, concept, factor and
 
-        next_tokens   how many of the generated `tokens` are typical next tokens of the concept: the
-                      index's first NAME, found in the training text
-        loss          nats per token on LOSS_TOKENS of val, steered the same way: the effect on text
-                      that has nothing to do with the concept
+        next_tokens   how many of the generated `tokens` are among the concept's NAME typical ones
+        loss          nats per token on LOSS_TOKENS of val, unrelated to the concept, steered too
 
-    The same factor may be stronger in one model than in another: compare next_tokens at equal
-    perplexity. Perplexity does not fully reveal tokens that are merely pasted in.
+    A factor may be stronger in one model than in another: compare next_tokens at equal perplexity,
+    which does not fully reveal tokens that are merely pasted in.
     """
     chosen, rows = choose_concepts(index, n_concepts), []
     block_size = min(model.config.block_size for model in models.values())

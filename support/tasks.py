@@ -7,6 +7,7 @@ All continuations of a question go through the model in one row, which computes 
 import gzip
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -133,8 +134,6 @@ def documents(name, folder, limit):
 def hub_documents(name, limit):
     dataset, configuration, split = TASKS[name].hub
     try:
-        import logging
-
         import datasets
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # hides its retries
         datasets.disable_progress_bars()
@@ -210,21 +209,20 @@ def pack_all(questions, block_size):
 
     A question is one row; where a text fills the window and is cut, each of its texts is a row.
     """
-    numbers, rows = itertools.count(), []
+    numbers, groups = itertools.count(), []
     for question in questions:
         pairs = {next(numbers): pair for pair in question}
-        if any(len(context) + len(continuation) > block_size for context, continuation in question):
-            rows += [pack({i: pair}, block_size) for i, pair in pairs.items()]
-        elif pairs:
-            rows.append(pack(pairs, block_size))
+        fits = all(len(a) + len(b) <= block_size for a, b in question)
+        groups += [pairs] if fits else [{i: pair} for i, pair in pairs.items()]
+    rows = [pack(pairs, block_size) for pairs in groups if pairs]
     return sorted(rows, key=lambda row: len(row.tokens), reverse=True)
 
 def final_states(model, rows):
     """Rows → hidden states after the last block (B, T, d). A pair sees its context and itself."""
     c, device, width = model.config, model.wte.weight.device, len(rows[0].tokens)
     tokens, positions, branch = (
-        torch.tensor([getattr(row, name) + [0] * (width - len(row.tokens)) for row in rows],
-                     device=device) for name in ("tokens", "positions", "branch"))
+        torch.tensor([t + [0] * (width - len(t)) for t in lists], device=device)
+        for lists in zip(*(row[:3] for row in rows), strict=True))
     mask = None
     if branch.any():
         mask = ((branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])).tril()
@@ -243,8 +241,7 @@ def score_tokens(model, h, at, token):
     for i in range(0, len(places), chunk):
         z = model.head(h[places[i:i + chunk]])
         here = (which >= i) & (which < i + chunk)
-        row = which[here] - i
-        largest = z.amax(-1, keepdim=True)
+        row, largest = which[here] - i, z.amax(-1, keepdim=True)
         above = z[row, token[here]] - largest[row, 0]  # before z is overwritten
         logp[here] = above - z.sub_(largest).exp_().sum(-1).log()[row]
         greedy[here] = above == 0

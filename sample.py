@@ -56,8 +56,9 @@ class Config:
 
 def parse_steer(text, n_concepts, sweep=False):
     """"17:6,error:-8" → {17: 6.0, "error": -8.0}; for a sweep, "17,error" → both with None."""
-    expected = "concepts without factors, such as --steer=17" if sweep else (
-        "CONCEPT:FACTOR, such as 17:6 or error:-8")
+    expected = "CONCEPT:FACTOR, such as 17:6 or error:-8"
+    if sweep:
+        expected = "concepts without factors, such as --steer=17; --steer_sweep sets the factors"
     factors = {}
     for part in text.split(","):
         name, colon, factor = part.rpartition(":")
@@ -82,7 +83,8 @@ def look_up(words, index, tokenizer):
     """The best match for the words, as in `concepts.py --find`. Prints what it found."""
     found = find([describe(index, concept, tokenizer) for concept in used(index)], words)
     if not found:
-        raise UserError(f"steer={words!r}: no concept matches; concepts.py --find=WORDS searches")
+        raise UserError(f"steer={words!r}: no concept matches; python concepts.py RUN lists all "
+                        "concepts, --find=WORDS searches them")
     concept = found[0]["id"]
     print(f"{words!r}: concept {concept}, at {texts(found[0]['current'])}, "
           f"before {index.name(concept, tokenizer)}")
@@ -202,7 +204,8 @@ def load_models(cfg, content, model, load_concept_model):
         raise UserError(f"method={content['train_config']['method']!r} has no concepts: --steer, "
                         "--inspect and --model need a cocomix run")
     if cfg.steer and c.mix == "none" and which != "concept":
-        raise UserError("mix='none' leaves nothing to steer but the concept model: --model=concept")
+        raise UserError("mix='none' leaves nothing to steer but the concept model; add "
+                        "--model=concept")
     models = {} if which == "concept" else {"CoCoMix": model}
     if which != "run":
         try:
@@ -253,10 +256,11 @@ def main(argv):
         if len(ids) > 1:
             print(columns([name.upper() for name in ids], width))
         print(columns([tokenizer.decode(t.tolist()) for t in ids.values()], width))
-        for name, t in ids.items() if cfg.inspect else ():
+        if cfg.inspect:
             factors = None if scale is None else scale[variant]
-            shown = inspection(models[name], t, factors, index, tokenizer, width)
-            print(f"\n{name}:\n{shown}")
+            for name, t in ids.items():
+                shown = inspection(models[name], t, factors, index, tokenizer, width)
+                print(f"\n{name}:\n{shown}")
 
 if __name__ == "__main__":
     run(main)

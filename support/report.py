@@ -25,8 +25,8 @@ def check_arguments(cfg, rest, argv, label_keys):
                and getattr(cfg, name) != getattr(type(cfg), name)]
     if changed and not (cfg.write_labels or cfg.download):
         files = [arg for arg in argv if arg.endswith(".py") and not arg.startswith("-")]
-        raise UserError(f"{[*files, '--' + changed[0]][0]} is for --write_labels; the concepts of "
-                        "a run are read with the run's own settings")
+        raise UserError(f"{files[0] if files else '--' + changed[0]} is for --write_labels; the "
+                        "concepts of a run are read with the run's own settings")
 
 def check_run(content, weights):
     """UserError unless a checkpoint's run has concepts (weights: and a compress matrix)."""

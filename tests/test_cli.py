@@ -9,7 +9,8 @@ import pytest
 
 import sae
 import train
-from support.cli import check_unchanged, key, parse
+from support.cli import key, parse
+from support.training import check_unchanged
 
 ROOT = Path(train.__file__).resolve().parent
 

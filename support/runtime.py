@@ -4,7 +4,6 @@ A script imports this module before torch: Ctrl-C then ends it without a traceba
 importing, and OpenMP reads the variable set below when torch loads it.
 """
 import functools
-import math
 import os
 import re
 import signal
@@ -48,6 +47,8 @@ if _is_our_script() and signal.getsignal(signal.SIGINT) is signal.default_int_ha
 # --------------------------------------------------------------------------------------------------
 # Running a command
 
+LOST = "no connection to another process of this run"
+
 def run(main):
     """Run main(argv) as a command. An error the user can fix ends in one line, exit status 1."""
     if signal.getsignal(signal.SIGINT) is _exit_at_once:
@@ -62,7 +63,7 @@ def run(main):
         sys.exit(130)
     except (UserError, AssertionError, OSError, MemoryError, RuntimeError) as e:
         message = _explain(e)
-        if LOCAL_RANK or _lost_connection(e):
+        if LOCAL_RANK or (message or "").startswith(LOST):
             # An error common to all processes is printed once: torchrun stops this process first.
             time.sleep(2 + LOCAL_RANK)
             print(file=sys.stderr)  # end the line of another process's progress bar
@@ -76,35 +77,16 @@ def run(main):
 
 def _explain(error):
     """The message for the user, or None for a bug, which needs its traceback."""
-    text = str(error)
-    first_line = (text.splitlines() or ["no details"])[0]
-    if _out_of_memory(error):
-        return ("out of memory: a smaller --micro_batch_size (or --batch_size) needs less "
-                f"({first_line})")
-    if _lost_connection(error):
-        return ("no connection to another process of this run; if it failed, it printed why "
-                f"({first_line})")
-    if isinstance(error, RuntimeError):
-        return None
-    if isinstance(error, AssertionError):
-        return text or None
+    text, internal = str(error), isinstance(error, RuntimeError)
+    first_line = text.splitlines()[0] if text else "no details"
+    no_memory = internal and re.search("out of memory|can't allocate memory", text)
+    if no_memory or isinstance(error, MemoryError):
+        return f"out of memory: a smaller --micro_batch_size or --batch_size helps ({first_line})"
+    if WORLD_SIZE > 1 and internal and re.search("gloo|NCCL|socket", text):
+        return f"{LOST}; if it failed, it printed why ({first_line})"
     if isinstance(error, OSError) and error.filename:
         return f"{error.strerror or error}: {error.filename}"
-    return text
-
-def _out_of_memory(error):
-    if isinstance(error, RuntimeError):
-        return bool(re.search("out of memory|can't allocate memory", str(error)))
-    return isinstance(error, MemoryError)
-
-def _lost_connection(error):
-    return (WORLD_SIZE > 1 and isinstance(error, RuntimeError) and not _out_of_memory(error)
-            and bool(re.search("gloo|NCCL|socket", str(error))))
-
-def check_finite(name, value, step, remedy):
-    """UserError if a number is NaN or infinite."""
-    if not math.isfinite(value):
-        raise UserError(f"{name} is {value} at step {step}: not finite; {remedy}")
+    return None if internal else text or None
 
 def progress(total, what, unit="it", disable=False, **kwargs):
     """The progress bar. Without a terminal it writes a line every ten seconds."""

@@ -12,7 +12,6 @@ plain assignments. It is run as Python, so trust it as you trust code.
 """
 import re
 import runpy
-import shutil
 import textwrap
 import types
 import typing
@@ -66,20 +65,18 @@ def parse(cls, argv, doc="", most=None, files=True):
             from_files |= {name: _convert(keys[name], value, arg)
                            for name, value in content.items() if name in keys}
         else:
-            raise UserError(f"unexpected config file {arg}: this command takes a run, such as "
-                            "out/stdlib/cocomix")
+            raise UserError(f"unexpected config file {arg}: this command takes a run")
     if most is not None and len(rest) > most:
-        raise UserError(f"unexpected argument {rest[most]!r}: keys begin with --, config files end "
-                        "in .py")
+        raise UserError(f"unexpected argument {rest[most]!r}; keys are --key, config files FILE.py")
     return cls(**from_files | given), rest
 
 def _print_help(keys, doc):
     print(f"{doc.strip()}\n\noptions:")
-    column, width = max(map(len, keys)) + 6, shutil.get_terminal_size().columns
+    column = max(map(len, keys)) + 6
     for name, k in keys.items():
         default = "none" if k.default is None else repr(k.default)
         text = f"{k.metadata['meaning']}; {_expected(k)} (default {default})"
-        print(textwrap.fill(text, width, initial_indent=f"  --{name}".ljust(column),
+        print(textwrap.fill(text, 80, initial_indent=f"  --{name}".ljust(column),
                             subsequent_indent=" " * column))
     print("  --debug".ljust(column) + "show the traceback of an error")
 
@@ -146,20 +143,20 @@ def _convert(k, value, where="command line"):
 
 def _cast(kind, value):
     """A value as one type; an error if it does not fit."""
-    text = isinstance(value, str)
-    if kind is bool:
-        return value if isinstance(value, bool) else SWITCH[value.lower()]
     if kind == TEXTS:
-        return tuple(_cast(str, v) for v in ([value] if text else value))
-    if kind is str and text and "\0" not in value or value in typing.get_args(kind):
+        return tuple(_cast(str, v) for v in ([value] if isinstance(value, str) else value))
+    if type(value) is kind in (str, bool, int) and "\0" not in str(value):
+        return value
+    if value in typing.get_args(kind):
         return value
     if kind is types.NoneType and str(value).lower() in ("none", ""):
         return None
+    if kind is bool:
+        return SWITCH[value.lower()]
     if kind is float and not isinstance(value, bool) and isfinite(float(value)):
         return float(value)
-    if kind is int and not isinstance(value, bool):
-        if text:  # 200e9 is an integer, too
-            value = float(value) if set("eE.") & set(value) else int(value)
-        if value == int(value):
-            return int(value)
+    if kind is int and not isinstance(value, bool):  # 200e9 is an integer, too
+        number = float(value) if set("eE.") & set(str(value)) else int(value)
+        if number == int(number):
+            return int(number)
     raise ValueError

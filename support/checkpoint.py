@@ -5,7 +5,7 @@ import zipfile
 from dataclasses import fields
 from pathlib import Path
 
-from support.runtime import UserError
+from support.runtime import UserError, explain
 
 import torch
 
@@ -67,22 +67,18 @@ def load_weights(cls, settings_cls, content, device):
     """The model cls(settings_cls(…)) of a checkpoint's content, in evaluation mode."""
     known = {f.name for f in fields(settings_cls)}
     settings = {k: v for k, v in content["model_config"].items() if k in known}
-    try:
+    with explain("the checkpoint's weights do not fit its model config", "if an older version of "
+                 "this code wrote it, train the run again", RuntimeError, TypeError):
         model = cls(settings_cls(**settings))
         model.load_state_dict(content["model"])
-    except (RuntimeError, TypeError) as e:
-        reason = str(e).splitlines()[-1].strip()
-        raise UserError(f"the checkpoint's weights do not fit its model config ({reason}); if an "
-                        "older version of this code wrote it, train the run again") from e
     return model.to(device).eval()
 
 def load_optimizer(optimizer, content, path):
     """Restore an optimizer's state. UserError: it belongs to other parameters."""
-    try:
+    with explain(f"the optimizer's state in {path} does not fit the model", "start again with "
+                 "--overwrite or another --out_dir", AttributeError, KeyError, TypeError,
+                 ValueError):
         optimizer.load_state_dict(content["optimizer"])
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise UserError(f"the optimizer's state in {path} does not fit the model ({e!r}); start "
-                        "again with --overwrite or another --out_dir") from e
 
 def model_hash(model):
     """A short hash of a model's weights, which identifies the model an SAE was trained on."""

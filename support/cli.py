@@ -21,7 +21,7 @@ from difflib import get_close_matches
 from math import inf, isfinite
 from pathlib import Path
 
-from support.runtime import UserError
+from support.runtime import UserError, explain
 
 TEXTS = tuple[str, ...]
 WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text",
@@ -95,10 +95,8 @@ def read_config_file(path):
         near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise UserError(f"no config file {path}{hint}")
-    try:
+    with explain(f"config file {path} does not run", "correct it", Exception, SystemExit):
         names = runpy.run_path(str(path))
-    except (Exception, SystemExit) as e:
-        raise UserError(f"config file {path} does not run: {type(e).__name__}: {e}") from e
     return {name: value for name, value in names.items() if not name.startswith("_")
             and not isinstance(value, types.ModuleType) and not callable(value)}
 
@@ -145,7 +143,7 @@ def _cast(kind, value):
     """A value as one type; an error if it does not fit."""
     if kind == TEXTS:
         return tuple(_cast(str, v) for v in ([value] if isinstance(value, str) else value))
-    if type(value) is kind in (str, bool, int) and "\0" not in str(value):
+    if kind in (str, bool, int) and type(value) is kind and "\0" not in str(value):
         return value
     if value in typing.get_args(kind):
         return value

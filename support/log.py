@@ -8,7 +8,7 @@ import weakref
 from contextlib import suppress
 from pathlib import Path
 
-from support.runtime import RANK, UserError
+from support.runtime import RANK, UserError, explain
 
 from tqdm import tqdm
 
@@ -35,10 +35,8 @@ class Log:
 
     def _lock(self):
         folder = self.path.parent
-        try:
+        with explain(f"{folder} can't be made", "choose another --out_dir", OSError):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"{folder} can't be made ({e.strerror}); use another --out_dir") from e
         lock = os.open(folder, os.O_RDONLY)
         weakref.finalize(self, os.close, lock)  # the system releases it, too, if the process dies
         try:
@@ -70,12 +68,10 @@ class Log:
         if self._pending is not None:
             self._pending.append(self._text(values))
             return
-        try:
+        remedy = "free some space, then --resume continues from the last checkpoint"
+        with explain(f"{self.path} can't be written", remedy, OSError):
             with open(self.path, "a") as file:
                 file.write(self._text(values))
-        except OSError as e:
-            raise UserError(f"{self.path} can't be written ({e.strerror}): free some space, then "
-                            "--resume continues from the last checkpoint") from e
 
 def read_log(path):
     """The lines of a log.jsonl as dicts, damaged ones skipped (a crash may cut off the last)."""

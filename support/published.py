@@ -8,7 +8,7 @@ import os
 import urllib.request
 from pathlib import Path
 
-from support.runtime import RANK, UserError
+from support.runtime import RANK, UserError, explain
 
 import torch
 import torch.nn.functional as F
@@ -55,30 +55,27 @@ def find_weights(name):
 
 def fetch_gpt2():
     """The path of GPT-2 124M's weights in the hub's cache, downloaded if necessary."""
-    try:
+    remedy = (f"{ONLINE}, or copy its pytorch_model.bin here and name the folder: "
+              "--concept_model=FOLDER (eval.py: --model=FOLDER)")
+    with explain("GPT-2 can't be fetched", remedy, Exception):
         import huggingface_hub as hub
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # do not print its retries
         if isinstance(cached := hub.try_to_load_from_cache(*GPT2), str):
             return Path(cached)
         hub.get_hf_file_metadata(hub.hf_hub_url(*GPT2))  # fails at once without a network
         return Path(hub.hf_hub_download(*GPT2))
-    except Exception as e:  # of many kinds
-        raise UserError(f"GPT-2 can't be fetched ({type(e).__name__}); {ONLINE}, or copy its "
-                        "pytorch_model.bin here and name the folder: --concept_model=FOLDER "
-                        "(eval.py: --model=FOLDER)") from e
 
 def read_gpt2(path):
     """(settings for ModelConfig, state dict of a GPT) from a file of GPT-2 weights of any size."""
     content = _read_weights(path)
-    try:
+    with explain(f"{path}: not GPT-2's weights", "name another file", AttributeError, KeyError,
+                 TypeError, ValueError):
         state = gpt2_state(content)
         vocab_size, d = next(t.shape for n, t in content.items() if n.endswith("wte.weight"))
         n_layer = 1 + max(int(n.split(".")[1]) for n in state if n.startswith("h."))
         block_size = len(state["wpe.weight"])
         if d % 64 or len(state) != 4 + 12 * n_layer:
             raise ValueError(f"{len(state)} tensors for {n_layer} blocks of width {d}")
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{path}: not GPT-2's weights ({e!r})") from e
     return dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=d // 64,
                 n_embd=d), state  # GPT-2's heads have 64 features at every size
 
@@ -99,12 +96,10 @@ def gpt2_state(content):
 def _read_weights(path):
     if path.suffix != ".safetensors":
         return read_tensors(path, "weights")
-    try:
+    remedy = "is it complete, and safetensors installed? (pip install safetensors)"
+    with explain(f"{path} can't be read as weights", remedy, Exception):
         from safetensors.torch import load_file
         return load_file(path)
-    except Exception as e:  # of many kinds
-        raise UserError(f"{path} can't be read as weights ({e!r}): is it complete, and safetensors "
-                        "installed? (pip install safetensors)") from e
 
 # --------------------------------------------------------------------------------------------------
 # Sparse autoencoders, in the layout of openai/sparse_autoencoder
@@ -126,10 +121,8 @@ def find_sae(name, layer):
 def read_info(path):
     """The sae.json next to an SAE of ours; {} where there is none (a published file)."""
     path = Path(path).with_suffix(".json")
-    try:
+    with explain(f"{path} is damaged", "train the SAE again", ValueError, TypeError):
         return dict(**json.loads(path.read_text())) if path.is_file() else {}
-    except (ValueError, TypeError) as e:
-        raise UserError(f"{path} is damaged; train the SAE again") from e
 
 def load_sae(name, layer, d, gpt):
     """(state dict, k) of an SAE for hidden states of width d after block `layer` of gpt (or None).
@@ -150,7 +143,8 @@ def load_sae(name, layer, d, gpt):
 
 def read_sae(content, path):
     """(state dict of an SAE, k) from the content of a file in the published layout."""
-    try:
+    with explain(f"{path} is not an SAE in the published layout", "name another file",
+                 AttributeError, KeyError, TypeError, ValueError):
         settings = dict(content.get("activation_state_dict", {}))
         activation, k = content["activation"], int(settings.get("k", 0))
         state = {ours: content[theirs] for ours, theirs in NAMES.items()}
@@ -161,8 +155,6 @@ def read_sae(content, path):
         for name, t in state.items():
             if tuple(t.shape) != shapes[name]:
                 raise ValueError(f"{NAMES[name]} has the shape {tuple(t.shape)}")
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f"{path} is not an SAE in the published layout ({e!r})") from e
     if activation != "TopK" or settings.get("postact_fn", "ReLU") != "ReLU":
         raise UserError(f"{path} holds a {activation} autoencoder with "
                         f"{settings.get('postact_fn')}; only TopK with ReLU is supported")

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,6 +20,15 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 class UserError(Exception):
     """An error the user can fix: one line with what is wrong, the value and the remedy."""
+
+@contextmanager
+def explain(what, remedy, *kinds):
+    """`with explain(…)`: an error of these kinds becomes a UserError: what, the reason, remedy."""
+    try:
+        yield
+    except kinds as e:
+        reason = (str(e).splitlines() or ["no details"])[-1].strip()
+        raise UserError(f"{what}: {type(e).__name__}: {reason}; {remedy}") from e
 
 def _from_torchrun(name, default):
     text = os.environ.get(name, default)

@@ -146,10 +146,6 @@ def summary(info):
 
 def degenerate(info):
     """What is wrong with an SAE according to its report, in words; "" if nothing is."""
-    problems = []
-    if info["dead_share"] > 0.5:
-        problems.append(f"{info['dead_share']:.0%} of the latents are dead")
-    if info["commonest_share"] > 0.5:
-        problems.append(f"{info['k']} of {info['n_concepts']:,} concepts have "
-                        f"{info['commonest_share']:.0%} of the activations")
-    return " and ".join(problems)
+    shares = {"of the latents are dead": info["dead_share"],
+              f"of the activations belong to {info['k']} concepts": info["commonest_share"]}
+    return " and ".join(f"{share:.0%} {what}" for what, share in shares.items() if share > 0.5)

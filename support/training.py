@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from support.runtime import UserError, progress
+from support.runtime import UserError, explain, progress
 
 import torch
 
@@ -36,19 +36,16 @@ def read_config(cls, argv, doc):
             raise UserError("labels='disk' is for methods that predict concepts, not for method="
                             f"{cfg.method!r} with target={cfg.target!r}")
         if cfg.shift_blocks:
-            raise UserError("labels='disk' needs --shift_blocks=false: stored labels are of "
-                            "unshifted blocks")
+            raise UserError("labels='disk' needs --shift_blocks=false: labels are stored unshifted")
     return cfg
 
 def wandb_log(cfg):
     """wandb.log of a run that has begun. UserError: not installed, not logged in."""
-    try:
+    remedy = "pip install wandb, run wandb login, set WANDB_MODE=offline, or drop --wandb_log"
+    with explain("wandb does not start", remedy, Exception):
         import wandb
         wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or cfg.out_dir,
                    config=asdict(cfg))
-    except Exception as e:  # its own kinds
-        raise UserError(f"wandb does not start ({type(e).__name__}: {e}): pip install wandb, then "
-                        "wandb login or WANDB_MODE=offline; or drop --wandb_log") from e
     return wandb.log
 
 def check_unchanged(before, now, path, free):

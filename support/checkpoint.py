@@ -25,8 +25,7 @@ def find_checkpoint(run=None):
     if run is None:
         path = max(Path("out").rglob("ckpt.pt"), key=os.path.getmtime, default=None)
         if path is None:
-            raise UserError("no checkpoint under out/; train one: python train.py "
-                            "config/stdlib_cocomix.py, or make demo")
+            raise UserError("no checkpoint under out/; train one: make demo, or python train.py …")
         print(f"using the newest checkpoint, {path}")
         return path
     path = Path(run) / "ckpt.pt" if Path(run).is_dir() else Path(run)
@@ -35,8 +34,7 @@ def find_checkpoint(run=None):
     if (path.parent / "sae_ckpt.pt").is_file():
         raise UserError(f"{path.parent} is an SAE's folder; name the run of a model, such as "
                         "out/stdlib/cocomix")
-    raise UserError(f"no checkpoint at {path}; train it first (python train.py config/…), or name "
-                    "another run under out/")
+    raise UserError(f"no checkpoint at {path}; train it first: python train.py config/…")
 
 def read_tensors(path, what):
     """Load a torch.save file on the CPU; its pickle runs no code. UserError: damaged, not one."""
@@ -67,17 +65,17 @@ def load_weights(cls, settings_cls, content, device):
     """The model cls(settings_cls(…)) of a checkpoint's content, in evaluation mode."""
     known = {f.name for f in fields(settings_cls)}
     settings = {k: v for k, v in content["model_config"].items() if k in known}
-    with explain("the checkpoint's weights do not fit its model config", "if an older version of "
-                 "this code wrote it, train the run again", RuntimeError, TypeError):
+    remedy = "if an older version of this code wrote it, train the run again"
+    with explain("the checkpoint's weights do not fit its model config", remedy,
+                 (RuntimeError, TypeError)):
         model = cls(settings_cls(**settings))
         model.load_state_dict(content["model"])
     return model.to(device).eval()
 
 def load_optimizer(optimizer, content, path):
     """Restore an optimizer's state. UserError: it belongs to other parameters."""
-    with explain(f"the optimizer's state in {path} does not fit the model", "start again with "
-                 "--overwrite or another --out_dir", AttributeError, KeyError, TypeError,
-                 ValueError):
+    remedy = "start again with --overwrite or another --out_dir"
+    with explain(f"the optimizer's state in {path} does not fit the model", remedy):
         optimizer.load_state_dict(content["optimizer"])
 
 def model_hash(model):

@@ -36,12 +36,10 @@ def key(default, meaning, low=-inf, high=inf, bare=None, follows=None):
                                                 follows=follows))
 
 def parse(cls, argv, doc="", most=None, files=True):
-    """(an instance of the dataclass cls, the positional arguments that are no config file).
-
-    Arguments in any order: config files (*.py, read from left to right), --key=value, --key value,
-    --switch. The command line overrides the files. most: how many other positional arguments are
-    allowed. files: are config files allowed ("shared": unknown keys in them are ignored)?
-    """
+    """(an instance of cls, the positional arguments) from a command line. Config files (*.py, read
+    from left to right), --key=value, --key value and --switch come in any order; the command line
+    overrides the files. most: how many positional arguments are allowed, besides config files.
+    files: are config files allowed ("shared": unknown keys in them are ignored)?"""
     keys, args = {k.name: k for k in fields(cls)}, [arg for arg in argv if arg != "--debug"]
     if "--help" in args or "-h" in args:
         _print_help(keys, doc)
@@ -93,9 +91,9 @@ def read_config_file(path):
     path = Path(path)
     if not path.is_file():
         near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise UserError(f"no config file {path}{hint}")
-    with explain(f"config file {path} does not run", "correct it", Exception, SystemExit):
+        raise UserError(f"no config file {path}" + "".join(
+            f"; did you mean {path.parent / name}?" for name in near))
+    with explain(f"config file {path} does not run", "correct it", (Exception, SystemExit)):
         names = runpy.run_path(str(path))
     return {name: value for name, value in names.items() if not name.startswith("_")
             and not isinstance(value, types.ModuleType) and not callable(value)}
@@ -143,18 +141,16 @@ def _cast(kind, value):
     """A value as one type; an error if it does not fit."""
     if kind == TEXTS:
         return tuple(_cast(str, v) for v in ([value] if isinstance(value, str) else value))
-    if kind in (str, bool, int) and type(value) is kind and "\0" not in str(value):
-        return value
-    if value in typing.get_args(kind):
+    same_type = type(value) is kind and kind is not float and "\0" not in str(value)
+    if same_type or value in typing.get_args(kind):
         return value
     if kind is types.NoneType and str(value).lower() in ("none", ""):
         return None
     if kind is bool:
         return SWITCH[value.lower()]
-    if kind is float and not isinstance(value, bool) and isfinite(float(value)):
-        return float(value)
-    if kind is int and not isinstance(value, bool):  # 200e9 is an integer, too
-        number = float(value) if set("eE.") & set(str(value)) else int(value)
-        if number == int(number):
-            return int(number)
+    if isinstance(value, bool):
+        raise ValueError
+    number = float(value) if kind is float or set("eE.") & set(str(value)) else int(value)
+    if isfinite(number) and number == kind(number):  # 200e9 is an integer, too
+        return kind(number)
     raise ValueError

@@ -18,9 +18,9 @@ class Log:
     """log.jsonl: one JSON object per line, each with its step. Only process 0 writes it.
 
     Opened at `step`, it keeps the lines up to that step, so a resumed run has neither gaps nor
-    duplicates. A new run's lines are held back until `begin`, called after the first checkpoint is
-    saved; until then the folder is not changed. `also(line, step=…)`, if given, receives each line.
-    UserError: not writable, or another process trains in the folder.
+    duplicates. A new run changes the folder only at `begin`, after its first checkpoint is saved.
+    `also(line, step=…)`, if given, receives each line. UserError: not writable, or another process
+    trains in the folder.
     """
     def __init__(self, path, step=0, also=None):
         self.path, self.also, self.empty, self._pending = Path(path), also, False, None
@@ -82,10 +82,8 @@ def read_log(path):
     return [line for line in lines if isinstance(line, dict)]
 
 class SpikeDetector:
-    """Warn when a loss is more than six standard deviations and 5% above its running mean.
-
-    Mean and variance are over about the last 50 values. The first 20 never warn.
-    """
+    """Warns of a loss more than six standard deviations and 5% above its running mean. Mean and
+    variance are over about the last 50 values; the first 20 never warn."""
     def __init__(self):
         self.seen, self.mean, self.variance = 0, 0.0, 0.0
 

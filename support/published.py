@@ -68,8 +68,7 @@ def fetch_gpt2():
 def read_gpt2(path):
     """(settings for ModelConfig, state dict of a GPT) from a file of GPT-2 weights of any size."""
     content = _read_weights(path)
-    with explain(f"{path}: not GPT-2's weights", "name another file", AttributeError, KeyError,
-                 TypeError, ValueError):
+    with explain(f"{path}: not GPT-2's weights", "name another file"):
         state = gpt2_state(content)
         vocab_size, d = next(t.shape for n, t in content.items() if n.endswith("wte.weight"))
         n_layer = 1 + max(int(n.split(".")[1]) for n in state if n.startswith("h."))
@@ -113,15 +112,14 @@ def find_sae(name, layer):
     if name in SIZES:
         return fetch_sae(name, layer)
     path = Path(name) / "sae.pt" if Path(name).is_dir() else Path(name)
-    if path.is_file():
-        return path
-    raise UserError(f"no SAE at {path}; train one: python sae.py config/stdlib_sae.py, or use "
-                    "--sae=openai for GPT-2")
+    if not path.is_file():
+        raise UserError(f"no SAE at {path}; train one (sae.py), or use --sae=openai for GPT-2")
+    return path
 
 def read_info(path):
     """The sae.json next to an SAE of ours; {} where there is none (a published file)."""
     path = Path(path).with_suffix(".json")
-    with explain(f"{path} is damaged", "train the SAE again", ValueError, TypeError):
+    with explain(f"{path} is damaged", "train the SAE again"):
         return dict(**json.loads(path.read_text())) if path.is_file() else {}
 
 def load_sae(name, layer, d, gpt):
@@ -137,14 +135,12 @@ def load_sae(name, layer, d, gpt):
                         "it was then); train it again with sae.py")
     state, k = read_sae(read_tensors(path, "an SAE"), path)
     if (width := state["encoder"].shape[1]) != d:
-        raise UserError(f"{path} is for hidden states of width {width}, but the concept model's "
-                        f"have {d}; train one: python sae.py --concept_model=…")
+        raise UserError(f"{path} has width {width}, but the hidden states have {d}; train another")
     return state, k
 
 def read_sae(content, path):
     """(state dict of an SAE, k) from the content of a file in the published layout."""
-    with explain(f"{path} is not an SAE in the published layout", "name another file",
-                 AttributeError, KeyError, TypeError, ValueError):
+    with explain(f"{path} is not an SAE in the published layout", "name another file"):
         settings = dict(content.get("activation_state_dict", {}))
         activation, k = content["activation"], int(settings.get("k", 0))
         state = {ours: content[theirs] for ours, theirs in NAMES.items()}
@@ -156,8 +152,7 @@ def read_sae(content, path):
             if tuple(t.shape) != shapes[name]:
                 raise ValueError(f"{NAMES[name]} has the shape {tuple(t.shape)}")
     if activation != "TopK" or settings.get("postact_fn", "ReLU") != "ReLU":
-        raise UserError(f"{path} holds a {activation} autoencoder with "
-                        f"{settings.get('postact_fn')}; only TopK with ReLU is supported")
+        raise UserError(f"{path}: a {activation} autoencoder, {settings}; only TopK with ReLU runs")
     if not 1 <= k <= n_concepts:
         raise UserError(f"{path}: k={k} of {n_concepts} concepts is impossible")
     if not all(t.isfinite().all() for t in state.values()):
@@ -199,13 +194,10 @@ def fetch_sae(name, layer):
     return path
 
 def _download(url, path):
-    """Download a file and compare its size and MD5 with what the server announces."""
+    """Download a file and compare its MD5 with the one that the server announces."""
     with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=30) as answer:
-        size, md5 = answer.headers["Content-Length"], answer.headers["Content-MD5"]
+        announced = answer.headers["Content-MD5"]
     torch.hub.download_url_to_file(url, str(path), progress=RANK == 0)
-    content = path.read_bytes()
-    if size and len(content) != int(size):
-        raise OSError(f"{len(content)} of {size} bytes arrived")
-    digest = hashlib.md5(content, usedforsecurity=False).digest()
-    if md5 and md5 != base64.b64encode(digest).decode():
+    digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).digest()
+    if announced and announced != base64.b64encode(digest).decode():
         raise OSError("its MD5 is not the one the server announces")

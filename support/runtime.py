@@ -22,7 +22,7 @@ class UserError(Exception):
     """An error the user can fix: one line with what is wrong, the value and the remedy."""
 
 @contextmanager
-def explain(what, remedy, *kinds):
+def explain(what, remedy, kinds=(AttributeError, KeyError, TypeError, ValueError)):
     """`with explain(…)`: an error of these kinds becomes a UserError: what, the reason, remedy."""
     try:
         yield
@@ -110,10 +110,8 @@ def progress(total, what, unit="it", disable=False, **kwargs):
 
 class Stop:
     """`with Stop() as stop`: Ctrl-C and SIGTERM set stop.signal, so that the loop can save and end.
-
-    A second signal ends the process at once; not under torchrun, which sends its processes a second
-    one itself and kills them after 30 s.
-    """
+    A second signal ends the process at once; not under torchrun, which sends a second one itself
+    and kills its processes after 30 s."""
     def __enter__(self):
         self.signal = None
         self._before = {number: signal.signal(number, self._handle)

@@ -2,7 +2,7 @@
 import math
 import platform
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -48,19 +48,10 @@ def wandb_log(cfg):
                    config=asdict(cfg))
     return wandb.log
 
-def check_unchanged(before, now, path, free):
-    """UserError if a key that is not in `free` differs between a checkpoint's config and `now`."""
-    for name, value in now.items():
-        if name not in free and name in before and before[name] != value:
-            raise UserError(f"{path} has {name}={before[name]!r}, but now it is {value!r}: "
-                            "take it back, or choose another --out_dir")
-
 class Run:
     """What the runs of train.py and sae.py share: resuming, counting, checks, progress bar, clock.
-
     UserError: out_dir holds a run that must not be overwritten, or one trained with other keys; a
-    loss or weight that is not finite.
-    """
+    loss or weight that is not finite."""
     def __init__(self, cfg, steps, tokens_per_step):
         if not cfg.out_dir.strip():
             raise UserError("out_dir is empty: name a folder, such as --out_dir=out/run")
@@ -85,7 +76,11 @@ class Run:
             raise UserError(f"{self.out} already holds a run; --resume continues it, {replaces}"
                             "--out_dir=… starts another")
         content = load_checkpoint(self.checkpoint, self.needs)
-        check_unchanged(content[self.config], asdict(self.cfg), self.checkpoint, self.free)
+        for name, value in asdict(self.cfg).items():
+            before = content[self.config].get(name, value)  # a newer version has more keys
+            if name not in self.free and before != value:
+                raise UserError(f"{self.checkpoint} has {name}={before!r}, but now it is "
+                                f"{value!r}: take it back, or choose another --out_dir")
         return content
 
     @contextmanager
@@ -93,7 +88,7 @@ class Run:
         """`with run.start()`: the bar is shown, the clock runs."""
         with progress(self.steps * self.tokens_per_step, self.title, "tok", initial=self.tokens,
                       unit_scale=True) as self.bar:
-            self.clock = time.perf_counter()
+            self.clock, self.content = time.perf_counter(), None  # free the checkpoint's memory
             yield
 
     @property
@@ -177,9 +172,8 @@ class TrainingRun(Run):
                             "that all machines share")
         self.compiled = compile_model(model) if should_compile(cfg, self.device) else model
         self.parallel = ranks.parallel(self.compiled)
-        self.autocast = nullcontext()
-        if uses_bf16(cfg.dtype, self.device):
-            self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16)
+        self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16,
+                                       enabled=uses_bf16(cfg.dtype, self.device))
         self.micro = accounting.micro_batch(cfg, cfg.batch_size // ranks.size, model, concept_model,
                                             self.device)
         head = self._head(concept_model, asked)
@@ -287,10 +281,10 @@ class TrainingRun(Run):
 
     def end(self):
         self.ranks.leave()
-        speed = self.tokens / max(self.seconds, 1e-9)
         print(f"{self.out}: val loss {self.val_loss:.4f} (perplexity "
               f"{perplexity(self.val_loss):.2f}) on {self.val_rows * self.cfg.block_size:,} val "
-              f"tokens after {self.step} steps, {speed:,.0f} tokens/s")
+              f"tokens after {self.step} steps, "
+              f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s")
 
 class ValBatches:
     """Iterates over (x, y, labels or None), as often as wanted. Label concepts are computed once;

@@ -1,14 +1,11 @@
 """Command lines and config files, read into one frozen dataclass per script.
 
-    @dataclass(frozen=True)
-    class Config:
+    class Config:  # a frozen dataclass
         batch_size: int = key(16, "sequences per optimizer step", low=1)
         method: Literal["ntp", "cocomix"] = key("ntp", "what to train")
-
     cfg, rest = parse(Config, sys.argv[1:], doc=__doc__)
 
-Types and ranges are checked, and an unknown key names the closest known one. A config file holds
-plain assignments. It is run as Python, so trust it as you trust code.
+A config file holds plain assignments. It is run as Python, so trust it as you trust code.
 """
 import re
 import runpy
@@ -36,10 +33,10 @@ def key(default, meaning, low=-inf, high=inf, bare=None, follows=None):
                                                 follows=follows))
 
 def parse(cls, argv, doc="", most=None, files=True):
-    """(an instance of cls, the positional arguments) from a command line. Config files (*.py, read
-    from left to right), --key=value, --key value and --switch come in any order; the command line
-    overrides the files. most: how many positional arguments are allowed, besides config files.
-    files: are config files allowed ("shared": unknown keys in them are ignored)?"""
+    """(an instance of cls, the positional arguments). Config files (*.py, read from left to right),
+    --key=value, --key value and --switch come in any order; the command line overrides the files.
+    most: how many positional arguments are allowed. files: are config files allowed ("shared":
+    unknown keys in them are ignored)?"""
     keys, args = {k.name: k for k in fields(cls)}, [arg for arg in argv if arg != "--debug"]
     if "--help" in args or "-h" in args:
         _print_help(keys, doc)
@@ -120,11 +117,10 @@ def _kinds(k):
 
 def _expected(k):
     """What a value of a key looks like, in words."""
-    words, low, high = [], k.metadata["low"], k.metadata["high"]
-    for kind in _kinds(k):
-        words.append(WORDS.get(kind) or " or ".join(typing.get_args(kind)))
-        if kind in (int, float) and low > -inf:
-            words[-1] += f" of at least {low}" if high == inf else f" from {low} to {high}"
+    words = [WORDS.get(kind) or " or ".join(typing.get_args(kind)) for kind in _kinds(k)]
+    low, high = k.metadata["low"], k.metadata["high"]
+    if low > -inf:  # of a number, the first alternative
+        words[0] += f" of at least {low}" if high == inf else f" from {low} to {high}"
     return " or ".join(words)
 
 def _convert(k, value, where="command line"):
@@ -148,9 +144,7 @@ def _cast(kind, value):
         return None
     if kind is bool:
         return SWITCH[value.lower()]
-    if isinstance(value, bool):
-        raise ValueError
     number = float(value) if kind is float or set("eE.") & set(str(value)) else int(value)
-    if isfinite(number) and number == kind(number):  # 200e9 is an integer, too
-        return kind(number)
+    if isfinite(number) and number == kind(number) and not isinstance(value, bool):
+        return kind(number)  # 200e9 is an integer, too
     raise ValueError

@@ -72,7 +72,7 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, AssertionError, OSError, MemoryError, RuntimeError) as e:
-        message = _explain(e)
+        message = _message(e)
         if LOCAL_RANK or (message or "").startswith(LOST):
             # An error common to all processes is printed once: torchrun stops this process first.
             time.sleep(2 + LOCAL_RANK)
@@ -85,7 +85,7 @@ def run(main):
         sys.exit("error: " + " ".join(message.split()))
     sys.exit(status)
 
-def _explain(error):
+def _message(error):
     """The message for the user, or None for a bug, which needs its traceback."""
     text, internal = str(error), isinstance(error, RuntimeError)
     first_line = text.splitlines()[0] if text else "no details"

@@ -98,8 +98,7 @@ class SAERun(Run):
                        self.dead_tokens)
         with atomic_write(self.out / "sae.json") as file:
             file.write(json.dumps(info, indent=1).encode() + b"\n")
-        with atomic_write(self.out / "sae.pt") as file:
-            torch.save(published.sae_file(self.sae), file)
+        save_checkpoint(self.out / "sae.pt", **published.sae_file(self.sae))
         print(f"{self.out}: {summary(info)}")
         if problem := degenerate(info):
             print(f"warning: this SAE is degenerate: {problem}. Its FVU of {info['fvu']:.3f} does "

@@ -60,7 +60,8 @@ class Run:
         self.checkpoint = self.out / self.file
         self.content = self._open()
         state = self.content or dict(step=0, seconds=0.0)
-        self.step, self.seconds = state["step"], state["seconds"]
+        self._move_to(state["step"])
+        self.seconds = state["seconds"]
         self.unchecked, self.spikes = [], SpikeDetector()
         self.remedy = f"a learning_rate below {cfg.learning_rate} may help"
 
@@ -91,13 +92,8 @@ class Run:
             self.clock, self.content = time.perf_counter(), None  # free the checkpoint's memory
             yield
 
-    @property
-    def tokens(self):
-        return self.step * self.tokens_per_step
-
-    @property
-    def last(self):
-        return self.step == self.steps
+    def _move_to(self, step):
+        self.step, self.tokens, self.last = step, step * self.tokens_per_step, step == self.steps
 
     def lap(self):
         """Seconds since the last lap."""
@@ -107,7 +103,7 @@ class Run:
     def advance(self, value):
         """One optimizer step was taken. value: a scalar tensor that `check_steps` will read."""
         self.unchecked.append(value)
-        self.step += 1
+        self._move_to(self.step + 1)
         self.bar.update(self.tokens_per_step)
 
     def finite(self, name, value, step=None):
@@ -161,8 +157,7 @@ class TrainingRun(Run):
         self.ranks.join(self.device)
 
     def attach(self, model, optimizer, concept_model, asked):
-        """The models to train with; asked: whether steps ask the concept model (or None). Resumes
-        the optimizer, opens the log, says what is trained."""
+        """Take the models, resume the optimizer, open the log. asked: do steps ask for targets?"""
         cfg, ranks = self.cfg, self.ranks
         self.model, self.optimizer = model, optimizer
         if self.content is not None:
@@ -210,8 +205,8 @@ class TrainingRun(Run):
         return self.batches.prefetch(self.step, self.cfg.max_iters, self.device, stored_labels)
 
     def validation_batches(self, label_model):
-        """This process's ValBatches: the same blocks at every evaluation, for every seed and any
-        number of processes. label_model: says what should be predicted, or None."""
+        """This process's ValBatches, the same at every evaluation, for every seed and any number of
+        processes. label_model: says what should be predicted, or None."""
         cfg, val, ranks = self.cfg, self.val_blocks, self.ranks
         whole = val.blocks // cfg.batch_size * cfg.batch_size  # micro batches all alike
         self.val_rows = min(cfg.eval_iters * cfg.batch_size, whole or val.blocks)

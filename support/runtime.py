@@ -91,7 +91,8 @@ def _message(error):
     first_line = text.splitlines()[0] if text else "no details"
     no_memory = internal and re.search("out of memory|can't allocate memory", text)
     if no_memory or isinstance(error, MemoryError):
-        return f"out of memory: a smaller --micro_batch_size or --batch_size helps ({first_line})"
+        return ("out of memory: a smaller --micro_batch_size (or --batch_size) needs less "
+                f"({first_line})")
     if WORLD_SIZE > 1 and internal and re.search("gloo|NCCL|socket", text):
         return f"{LOST}; if it failed, it printed why ({first_line})"
     if isinstance(error, OSError) and error.filename:

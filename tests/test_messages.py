@@ -327,8 +327,8 @@ SAES = {
     "an SAE on the last layer":
         ("--concept_model={chain}/gpt --dataset={dataset} --concept_layer=2 --out_dir={bad}/x",
          "concept_layer=2", "block above"),
-    "an SAE over another SAE": ("{teacher} --out_dir={chain}/sae", "holds an SAE run", "--resume"),
-    "an SAE in no folder": ("{teacher} --out_dir=", "out_dir is empty", "--out_dir=out/sae"),
+    "an SAE over another SAE": ("{teacher} --out_dir={chain}/sae", "holds a run", "--resume"),
+    "an SAE in no folder": ("{teacher} --out_dir=", "out_dir is empty", "--out_dir=out/run"),
     "an SAE that overflows":
         ("{teacher} {small} --max_tokens=51200 --learning_rate=1e30 --out_dir={bad}/y",
          "at step 2: not finite", "below 1e+30"),

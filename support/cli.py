@@ -1,4 +1,4 @@
-"""Command lines and config files, read into one frozen dataclass per script.
+"""Command lines and config files, generated from one frozen dataclass per script.
 
     class Config:  # a frozen dataclass
         batch_size: int = key(16, "sequences per optimizer step", low=1)
@@ -7,9 +7,9 @@
 
 A config file holds plain assignments. It is run as Python, so trust it as you trust code.
 """
+import argparse
 import re
 import runpy
-import textwrap
 import types
 import typing
 from contextlib import suppress
@@ -37,43 +37,60 @@ def parse(cls, argv, doc="", most=None, files=True):
     --key=value, --key value and --switch come in any order; the command line overrides the files.
     most: how many positional arguments are allowed. files: are config files allowed ("shared":
     unknown keys in them are ignored)?"""
-    keys, args = {k.name: k for k in fields(cls)}, [arg for arg in argv if arg != "--debug"]
-    if "--help" in args or "-h" in args:
-        _print_help(keys, doc)
+    keys = {k.name: k for k in fields(cls)}
+    parser = _parser(keys, doc)
+    if "--help" in argv or "-h" in argv:
+        parser.print_help()
         raise SystemExit(0)
-    from_files, given, rest = {}, {}, []
-    while args:
-        arg = args.pop(0)
-        name, equals, value = arg.lstrip("-").partition("=")
-        name = name.replace("-", "_")
-        if arg.startswith("--") and name in keys:
-            value = _convert(keys[name], value if equals else _take(keys[name], args))
-            given[name] = given.get(name, ()) + value if keys[name].type == TEXTS else value
-        elif arg.startswith("-") and arg != "-":
+    given, others = parser.parse_known_args(_attach_values(argv, keys))
+    values, rest = {}, []
+    for arg in others:
+        if arg.startswith("-") and arg != "-":
+            name = arg.lstrip("-").partition("=")[0].replace("-", "_")
             _check_known([name], keys, f"unexpected argument {arg!r}")
-            raise UserError(f"unexpected argument {arg!r}: write -{arg}")
-        elif not arg.endswith(".py"):
+            raise UserError(f"unexpected argument {arg!r}: write --{arg.lstrip('-')}")
+        if not arg.endswith(".py"):
             rest.append(arg)
         elif files:
             content = read_config_file(arg)
             _check_known(content if files != "shared" else [], keys, arg)
-            from_files |= {name: _convert(keys[name], value, arg)
-                           for name, value in content.items() if name in keys}
+            values |= {name: _convert(keys[name], value, arg)
+                       for name, value in content.items() if name in keys}
         else:
             raise UserError(f"unexpected config file {arg}: this command takes a run")
     if most is not None and len(rest) > most:
         raise UserError(f"unexpected argument {rest[most]!r}; keys are --key, config files FILE.py")
-    return cls(**from_files | given), rest
+    values |= {name: tuple(value) if isinstance(value, list) else value
+               for name, value in vars(given).items()}
+    return cls(**values), rest
 
-def _print_help(keys, doc):
-    print(f"{doc.strip()}\n\noptions:")
-    column = max(map(len, keys)) + 6
-    for name, k in keys.items():
+def _parser(keys, doc):
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=doc.strip(), add_help=False, allow_abbrev=False,
+        epilog="With --debug, an error shows its traceback.",
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for k in keys.values():
         default = "none" if k.default is None else repr(k.default)
         text = f"{k.metadata['meaning']}; {_expected(k)} (default {default})"
-        print(textwrap.fill(text, 80, initial_indent=f"  --{name}".ljust(column),
-                            subsequent_indent=" " * column))
-    print("  --debug".ljust(column) + "show the traceback of an error")
+        parser.add_argument(f"--{k.name}", metavar="", help=text.replace("%", "%%"),
+                            type=lambda text, k=k: _convert(k, text.removeprefix("=")),
+                            action="extend" if k.type == TEXTS else "store")
+    return parser
+
+def _attach_values(argv, keys):
+    """Rewrite every option as --name==value. argparse would take a run after a switch as its value
+    (--resume out/run), reject a value that begins with a dash and lose a value of "--"."""
+    args, attached = [arg for arg in argv if arg != "--debug"], []
+    while args:
+        arg = args.pop(0)
+        name, equals, value = arg.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if arg.startswith("--") and name in keys:
+            values = [value] if equals else _take(keys[name], args)
+            attached += [f"--{name}=={value}" for value in values]
+        else:
+            attached.append(arg)
+    return attached
 
 def _check_known(names, keys, where):
     unknown = [name for name in names if name not in keys]
@@ -96,19 +113,19 @@ def read_config_file(path):
             and not isinstance(value, types.ModuleType) and not callable(value)}
 
 def _take(k, args):
-    """The value of an option without "=", removed from the front of the arguments after it."""
+    """The values of an option without "=", removed from the front of the arguments after it."""
     bare, follows = k.metadata["bare"], k.metadata["follows"]
     if bool in _kinds(k):
         words = (*SWITCH, *typing.get_args(_kinds(k)[-1]))
         bare, follows = "true", f"(?i)({'|'.join(words)})$"
     if bare is not None:
-        return args.pop(0) if args and re.match(follows, args[0]) else bare
+        return [args.pop(0)] if args and re.match(follows, args[0]) else [bare]
     taken = []
     while args and not args[0].startswith("--") and (k.type == TEXTS or not taken):
         taken.append(args.pop(0))
     if not taken:
         raise UserError(f"command line: --{k.name} needs {_expected(k)}")
-    return taken if k.type == TEXTS else taken[0]
+    return taken
 
 def _kinds(k):
     """The alternatives of a key's type: int | None → (int, NoneType)."""

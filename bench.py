@@ -29,6 +29,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 from support.runtime import UserError, run
 
@@ -60,22 +61,6 @@ class Config(train.Config):
     memory: bool = key(True, "measure peak memory (on a CPU: in one process per row)")
     write: str | None = key(None, "append the rows to this .jsonl file")
 
-def make_models(cfg, device):
-    """A run's (GPT, ConceptModel or None), random weights; on the meta device, shapes only."""
-    try:
-        vocab_size = load_meta(cfg.dataset)["vocab_size"]
-    except UserError:
-        if cfg.dataset not in ("openwebtext", "openwebmath"):  # a benchmark does not need the data
-            raise
-        vocab_size = 50257
-    concept_model, n_concepts, hidden_size = concept_model_of(cfg, device), 0, 0
-    if concept_model is not None:
-        vocab_size = concept_model.gpt.config.vocab_size
-        hidden_size = concept_model.gpt.config.n_embd
-        n_concepts = len(concept_model.sae.encoder) if concept_model.sae else 0
-    with device:
-        return GPT(train.model_config(cfg, vocab_size, n_concepts, hidden_size)), concept_model
-
 def concept_model_of(cfg, device):
     """The run's concept model, or None. For gpt2: random weights of its and its SAE's shapes."""
     target, taught = train.inserts(cfg), train.is_taught(cfg)
@@ -88,11 +73,25 @@ def concept_model_of(cfg, device):
         check_tokenizer(cfg, load_meta(cfg.dataset), tokenizer, concept_model.gpt)
         return concept_model
     with device:
-        gpt = GPT(ModelConfig(vocab_size=50257)).eval().requires_grad_(False)
+        gpt = GPT(ModelConfig()).eval().requires_grad_(False)
         sae = SAE(768, 32768, 32).requires_grad_(False) if target == "concept" else None
     return ConceptModel(gpt, sae, cfg.concept_layer, cfg.attr_k, cfg.select, cfg.attribution,
                         cfg.attribution_sign, target, taught, uses_bf16(cfg.dtype, device),
                         compiled)
+
+def make_models(cfg, device):
+    """A run's (GPT, ConceptModel or None), random weights; on the meta device, shapes only."""
+    run, concept_model = SimpleNamespace(content=None, device=device), concept_model_of(cfg, device)
+    try:
+        run.vocab_size = load_meta(cfg.dataset)["vocab_size"]
+    except UserError:
+        if cfg.dataset not in ("openwebtext", "openwebmath"):  # a benchmark does not need the data
+            raise
+        run.vocab_size = 50257
+    if concept_model is not None:
+        run.vocab_size = concept_model.gpt.config.vocab_size
+    with device:
+        return train.build_model(cfg, run, concept_model), concept_model
 
 def asked(cfg, concept_model):
     """What the run's steps ask of its concept model: everything, its distribution only, or None."""
@@ -118,15 +117,13 @@ def count(name, cfg):
 
 def clocked(f, device, times=1):
     """Mean seconds of f() over some calls."""
-    def now():
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    start = now()
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
     for _ in range(times):
         f()
-    return (now() - start) / times
+    wait()
+    return (time.perf_counter() - start) / times
 
 class Row:
     """One method's models, optimizer and training step, on a batch of random tokens. The functions
@@ -140,14 +137,12 @@ class Row:
         self.cfg, self.device, self.kind, self.turns = cfg, device, kind, []
         others = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         self.model, concept_model = make_models(cfg, device)
-        self.model.checkpoint_blocks, c = cfg.checkpoint_blocks, self.model.config
-        self.micro = n = accounting.micro_batch(cfg, cfg.batch_size, self.model, concept_model,
-                                                device)
-        self.micro_batches = [slice(i, i + n) for i in range(0, cfg.batch_size, n)]
-        shape, self.labels = (cfg.batch_size, cfg.block_size), None
-        self.x, self.y = torch.randint(c.vocab_size, (2, *shape), device=device)
+        B, c, self.labels = cfg.batch_size, self.model.config, None
+        self.micro = n = accounting.micro_batch(cfg, B, self.model, concept_model, device)
+        self.micro_batches = [slice(i, i + n) for i in range(0, B, n)]
+        self.x, self.y = torch.randint(c.vocab_size, (2, B, cfg.block_size), device=device)
         if c.n_concepts and cfg.labels == "disk":
-            self.labels = torch.randint(c.n_concepts, (*shape, cfg.attr_k), device=device)
+            self.labels = torch.randint(c.n_concepts, (*self.x.shape, cfg.attr_k), device=device)
         self.concept_model = asked(cfg, concept_model)
         self.asks = self.concept_model is not None and kind != "official"
         bf16, compiled = uses_bf16(cfg.dtype, device), should_compile(cfg, device)
@@ -161,8 +156,7 @@ class Row:
         self.autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
         self.parallel = compile_model(self.model) if compiled else self.model
         self.concept_flops = accounting.label_flops_per_token(self.concept_model, cfg.block_size)
-        self.flops = self.concept_flops + accounting.flops_per_token(
-            self.model, block_size=cfg.block_size)  # both: per token
+        self.flops = self.concept_flops + accounting.flops_per_token(self.model)  # per token
         self.step(), self.step()  # compile, allocate the optimizer's state
         peak = self.peak(others) if cfg.memory and device.type != "mps" else None
         self.facts = dict(
@@ -232,29 +226,30 @@ class RowAlone:
         self.name, self.cfg, self.kind, self.turns = name, cfg, kind, []
         self.pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=signal.signal,
                                         initargs=(signal.SIGINT, signal.SIG_DFL))
-        self.facts = self._call(_open_alone, name, cfg, kind)
+        self.facts = self.call(open_alone, name, cfg, kind)
 
-    def _call(self, f, *args):
+    def call(self, f, *arguments):
         try:
-            return self.pool.submit(f, *args).result()
+            return self.pool.submit(f, *arguments).result()
         except BrokenProcessPool as e:
             raise UserError(f"the process of {self.name} was killed: out of memory?") from e
 
     def turn(self, steps):
-        return self._call(_call_alone, "turn", steps)
+        return self.call(call_alone, "turn", steps)
 
     def profile(self):
-        return self._call(_call_alone, "profile")
+        return self.call(call_alone, "profile")
 
-def _open_alone(name, cfg, kind):
-    global _row
+def open_alone(name, cfg, kind):
+    """In the process of a RowAlone: open its Row → the row's facts."""
+    global row_alone
     if kind != "official":  # the official code leaves memory to glibc
         keep_freed_memory()
-    _row = Row(name, cfg, torch.device("cpu"), kind)
-    return _row.facts
+    row_alone = Row(name, cfg, torch.device("cpu"), kind)
+    return row_alone.facts
 
-def _call_alone(method, *args):
-    return getattr(_row, method)(*args)
+def call_alone(method, *arguments):
+    return getattr(row_alone, method)(*arguments)
 
 COLUMNS = (("row", "row", "{}"), ("tokens_per_s", "tokens/s", "{:,.0f}"),
            ("speed_ratio", "÷ first row", "{:.2f}"), ("flops_per_token", "FLOP/token", "{:.2e}"),

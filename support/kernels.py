@@ -28,7 +28,6 @@ def normalize(h):
     std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(h.shape[-1] - 1)
     return centred / (std + 1e-5), mean, std
 
-# --------------------------------------------------------------------------------------------------
 # Sparse products. S is the (N, C) matrix with values[n, k] in column indices[n, k], else zero.
 
 def sparse_decode(top, weight):
@@ -55,11 +54,8 @@ def gathered_dot(indices, weight, x):
 
 def sparse_outer(top, x, n_rows):
     """S.T @ x: for each concept the sum of the x that kept it, each times its value:
-    values, indices (N, k), x (N, d) → (n_rows, d).
-
-    Sorted by concept, each row is an embedding bag over x: no atomics, so the result is
-    deterministic.
-    """
+    values, indices (N, k), x (N, d) → (n_rows, d). Sorted by concept, each row is an embedding bag
+    over x: no atomics, so the result is deterministic."""
     concept, order = top.indices.flatten().sort(stable=True)
     starts = torch.searchsorted(concept, torch.arange(n_rows, device=x.device))
     values = top.values.to(x.dtype).flatten()[order]
@@ -100,7 +96,6 @@ def topk(z, k, sorted=True):
     values, at = z.gather(-1, columns).topk(k, sorted=sorted)
     return TopK(values, columns.gather(-1, at))
 
-# --------------------------------------------------------------------------------------------------
 # Linear heads. The (N, C) logits are only needed for their k largest, for a cross-entropy, or both.
 
 def linear_topk(x, weight, bias, k, labels=None):
@@ -144,19 +139,16 @@ def chunk_rows(device, width):
 
 class _Head(torch.autograd.Function):
     """Logits in chunks: their TopK, their loss and its gradient, all computed in the forward."""
-
     @staticmethod
     def forward(ctx, x, weight, bias, labels, k, n_valid, teacher_x, teacher_weight, kd_weight,
-                grad):
-        # grad: whether gradients are wanted (grad mode is always off in here)
+                grad):  # whether gradients are wanted: grad mode is always off in here
         N, C = len(x), len(weight)
         ctx.set_materialize_grads(False)
         loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         kl = torch.zeros_like(loss)
         values = loss.new_empty(N, k)
         indices = torch.empty(N, k, dtype=torch.long, device=x.device)
-        wanted = [grad and labels is not None and t is not None and need
-                  for t, need in zip((x, weight, bias), ctx.needs_input_grad[:3], strict=True)]
+        wanted = [grad and labels is not None and need for need in ctx.needs_input_grad[:3]]
         grads = _Gradients(x, wanted, loss.dtype)
         if torch.is_autocast_enabled(x.device.type):
             low = torch.get_autocast_dtype(x.device.type)
@@ -191,7 +183,6 @@ class _Head(torch.autograd.Function):
                     _logits_gradient_(e, total, labels[chunk], p, kd_weight)
                     grads.add(chunk, e, 1 / (total * N), x, weight)
         ctx.save_for_backward(x, weight, indices, grads.x, grads.weight, grads.bias)
-        ctx.has_bias = bias is not None
         kl /= N
         ctx.mark_non_differentiable(indices, kl)
         return values, indices, loss / N + kd_weight * kl, kl
@@ -208,7 +199,7 @@ class _Head(torch.autograd.Function):
                 dx = _plus(dx, embedding_sum(grad_values, indices, weight))
             if ctx.needs_input_grad[1]:
                 dw = _plus(dw, sparse_outer(TopK(grad_values, indices), x, len(weight)))
-            if ctx.has_bias and ctx.needs_input_grad[2]:
+            if ctx.needs_input_grad[2]:
                 zeros = grad_values.new_zeros(len(weight))
                 db = _plus(db, zeros.index_add_(0, indices.flatten(), grad_values.flatten()))
         return dx, dw, db, *[None] * 7

@@ -4,17 +4,16 @@
     python bench.py config/ntp_69m.py config/cocomix_69m.py --disk --official --batch_size=2
     python bench.py --count config/*_69m.py config/*_1b.py              # parameters and FLOPs only
 
-Steps of all rows alternate, so a slow minute of the machine slows them alike.
-Figures are medians over the rounds, ratios are medians of each round's ratio. FLOPs are counted at
-their minimum (support/accounting.py), so FLOP/s and MFU fall with every product that is not needed.
-GPT-2 and its SAE are not fetched: random weights of the same shapes take the same time.
+Steps of all rows alternate, so a slow minute of the machine slows them alike. Figures are medians
+over the rounds, ratios are medians of each round's ratio. FLOPs are counted at their minimum
+(support/accounting.py), so FLOP/s and MFU fall with every product that is not needed. GPT-2 and its
+SAE are not fetched: random weights of the same shapes take the same time.
 
 --disk adds, for each CoCoMix config, a row with labels from disk; --official, one with the official
 code's recipe (support/reference.py): float32, everything dense, four separate cross-entropies,
 concept model and SAE not frozen. On a CPU that row runs in a process of its own, where glibc frees
-memory as usual (support.device.keep_freed_memory); so does each row whose memory is measured.
---profile lists the operations that take most of a step's time. --count takes hours from
-results/bench-h200.jsonl (written with --write).
+memory as usual; so does each row whose memory is measured. --profile lists the operations that take
+most of a step's time. --count takes hours from results/bench-h200.jsonl (written with --write).
 """
 import json
 import platform
@@ -23,6 +22,7 @@ import signal
 import statistics
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
@@ -49,6 +49,8 @@ from support.log import read_log
 from support.tokens import check_tokenizer, load_meta
 
 MEASURED = Path(__file__).resolve().parent / "results" / "bench-h200.jsonl"
+OFFICIAL = dict(mix="interleave", select="attribution", labels="fly", dtype="float32", compile=False,
+                concept_lr_scale=1.0, decay_all=True, weight_decay=0.01, beta2=0.999)
 
 @dataclass(frozen=True)
 class Config(train.Config):
@@ -145,14 +147,10 @@ class Row:
             self.labels = torch.randint(c.n_concepts, (*self.x.shape, cfg.attr_k), device=device)
         self.concept_model = asked(cfg, concept_model)
         self.asks = self.concept_model is not None and kind != "official"
-        bf16, compiled = uses_bf16(cfg.dtype, device), should_compile(cfg, device)
         if kind == "official":
             self.concept_model.gpt.requires_grad_(), self.concept_model.sae.requires_grad_()
-            group = dict(params=list(self.model.parameters()), lr_scale=1.0)
-            self.optimizer = torch.optim.AdamW([group], fused=device.type in ("cpu", "cuda"))
-            bf16 = compiled = False
-        else:
-            self.optimizer = train.make_optimizer(self.model, cfg, device)
+        self.optimizer = train.make_optimizer(self.model, cfg, device)
+        bf16, compiled = uses_bf16(cfg.dtype, device), should_compile(cfg, device)
         self.autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
         self.parallel = compile_model(self.model) if compiled else self.model
         self.concept_flops = accounting.label_flops_per_token(self.concept_model, cfg.block_size)
@@ -207,18 +205,16 @@ class Row:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def profile(self):
-        """The 15 operations (on a GPU: kernels) in which a step spends most time, as dicts."""
+        """The 15 operations (on a GPU: kernels) in which a step spends most time, one per line."""
         on_gpu = self.device.type == "cuda"
         with profile() as measured:
             self.step()
-        found = [dict(operation=event.key[:60], calls=event.count,
-                      us=event.self_device_time_total if on_gpu else event.self_cpu_time_total)
-                 for event in measured.key_averages()
-                 if event.device_type.name == ("CUDA" if on_gpu else "CPU")
-                 and not event.is_user_annotation]
-        total = sum(event["us"] for event in found)
-        found.sort(key=lambda event: -event["us"])
-        return [event | dict(share=event["us"] / total) for event in found[:15]]
+        us = Counter({event.key: event.self_device_time_total if on_gpu
+                      else event.self_cpu_time_total for event in measured.key_averages()
+                      if event.device_type.name == ("CUDA" if on_gpu else "CPU")
+                      and not event.is_user_annotation})
+        return "\n".join(f"{t / 1e3:10.2f} ms {t / us.total():6.1%}  {name[:75]}"
+                         for name, t in us.most_common(15))
 
 class RowAlone:
     """A Row in a process of its own, on the CPU."""
@@ -263,9 +259,6 @@ COUNTED = (("row", "config", "{}"), ("shape", "blocks × width", "{}"),
            ("flops", "MFLOP a token", "{:,.0f}"), ("concept_flops", "concept model's", "{:,.0f}"),
            ("tokens", "tokens, B", "{:g}"), ("hours", "hours on one H200", "{}"))
 
-PROFILED = (("operation", "operation", "{}"), ("us", "µs", "{:,.0f}"), ("share", "share", "{:.1%}"),
-            ("calls", "calls", "{}"))
-
 def table(found, columns=COLUMNS):
     """Dicts as a Markdown table; – for a missing value."""
     lines = [[title for _, title, _ in columns], ["---"] + ["---:"] * (len(columns) - 1)]
@@ -292,8 +285,7 @@ def read_rows(argv):
         if cfg.official and not train.is_taught(cfg):
             if cfg.concept_weight == 0:
                 raise UserError("--official needs a concept model: concept_weight=0 leaves it out")
-            official = replace(cfg, mix="interleave", select="attribution", labels="fly")
-            wanted.append((name, official, "official"))
+            wanted.append((name, replace(cfg, **OFFICIAL), "official"))
     if (cfg.disk or cfg.official) and not any(kind for *_, kind in wanted):
         raise UserError("--disk and --official add rows for CoCoMix configs (--official: without a "
                         "teacher); there is none among these configs")
@@ -340,7 +332,7 @@ def main(argv):
     print(f"{machine}; {turns}\n\n{table(results)}")
     for row in rows:
         if cfg.profile and row.kind != "official":
-            print(f"\n{row.facts['row']}\n\n{table(row.profile(), PROFILED)}")
+            print(f"\n{row.facts['row']}\n{row.profile()}")
     if cfg.write:
         append_results(cfg.write, results)
 

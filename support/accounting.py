@@ -93,15 +93,12 @@ def micro_batch(cfg, rows, model, concept_model, device):
     """How many of a process's `rows` sequences go through the model at once: the largest divisor
     of rows within micro_batch_size. auto: what fits in 90% of a GPU's free memory by `step_bytes`;
     elsewhere, at most 8,192 tokens."""
-    on_gpu, bf16 = device.type == "cuda", uses_bf16(cfg.dtype, device)
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else 0
-
     def fits(n):
         if cfg.micro_batch_size != "auto":
             return n <= cfg.micro_batch_size
-        tokens = n * cfg.block_size
-        if on_gpu:
-            return step_bytes(model, concept_model, tokens, bf16) <= 0.9 * free
-        return tokens <= 8192
+        if device.type != "cuda":
+            return n * cfg.block_size <= 8192
+        bf16, free = uses_bf16(cfg.dtype, device), torch.cuda.mem_get_info(device)[0]
+        return step_bytes(model, concept_model, n * cfg.block_size, bf16) <= 0.9 * free
 
     return max((n for n in range(1, rows + 1) if rows % n == 0 and fits(n)), default=1)

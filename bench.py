@@ -21,11 +21,9 @@ import resource
 import signal
 import statistics
 import sys
-import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -35,6 +33,7 @@ from support.runtime import UserError, run
 
 import torch
 from torch.profiler import profile
+from torch.utils.benchmark import Timer
 
 import train
 from concepts import ConceptModel, load_concept_model
@@ -49,8 +48,8 @@ from support.log import read_log
 from support.tokens import check_tokenizer, load_meta
 
 MEASURED = Path(__file__).resolve().parent / "results" / "bench-h200.jsonl"
-OFFICIAL = dict(mix="interleave", select="attribution", labels="fly", dtype="float32", compile=False,
-                concept_lr_scale=1.0, decay_all=True, weight_decay=0.01, beta2=0.999)
+OFFICIAL = dict(mix="interleave", select="attribution", labels="fly", concept_lr_scale=1.0,
+                decay_all=True, weight_decay=0.01, beta2=0.999, dtype="float32", compile=False)
 
 @dataclass(frozen=True)
 class Config(train.Config):
@@ -97,11 +96,10 @@ def make_models(cfg, device):
 
 def asked(cfg, concept_model):
     """What the run's steps ask of its concept model: everything, its distribution only, or None."""
-    if concept_model is None:
-        return None
-    if concept_model.target != "none" and cfg.labels == "fly" and cfg.concept_weight > 0:
+    predicts = train.inserts(cfg) in ("concept", "hidden")
+    if predicts and cfg.labels == "fly" and cfg.concept_weight > 0:
         return concept_model
-    return concept_model.distribution_only() if concept_model.teaches else None
+    return concept_model.distribution_only() if train.is_taught(cfg) else None
 
 def count(name, cfg):
     """A row of --count; millions of parameters and FLOPs per token, billions of tokens."""
@@ -117,21 +115,14 @@ def count(name, cfg):
         tokens=tokens / 1e9,
         hours=f"{tokens / speeds[name] / 3600:,.0f}" if name in speeds else "not measured")
 
-def clocked(f, device, times=1):
-    """Mean seconds of f() over some calls."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    for _ in range(times):
-        f()
-    wait()
-    return (time.perf_counter() - start) / times
+def clocked(f, times=1):
+    """Mean seconds of f() over some calls, after two that are not counted."""
+    timer = Timer("f()", globals=dict(f=f), num_threads=torch.get_num_threads())
+    return timer.timeit(times).mean
 
 class Row:
-    """One method's models, optimizer and training step, on a batch of random tokens. The functions
-    of train.py take it for a run.
-
-    kind: "", "labels from disk" or "official"."""
+    """One method's models, optimizer and training step, on a batch of random tokens; a run to the
+    functions of train.py. kind: "", "labels from disk" or "official"."""
     ranks = Ranks()
 
     def __init__(self, name, cfg, device, kind=""):
@@ -151,7 +142,7 @@ class Row:
             self.concept_model.gpt.requires_grad_(), self.concept_model.sae.requires_grad_()
         self.optimizer = train.make_optimizer(self.model, cfg, device)
         bf16, compiled = uses_bf16(cfg.dtype, device), should_compile(cfg, device)
-        self.autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
         self.parallel = compile_model(self.model) if compiled else self.model
         self.concept_flops = accounting.label_flops_per_token(self.concept_model, cfg.block_size)
         self.flops = self.concept_flops + accounting.flops_per_token(self.model)  # per token
@@ -175,10 +166,9 @@ class Row:
     def official_backward(self):
         cm = self.concept_model
         for rows in self.micro_batches:
-            total, *_, attribution = reference.step_losses(
+            total, *_, self.held = reference.step_losses(  # its graph is held, as there
                 self.model, cm.gpt, cm.sae, cm.layer, self.x[rows], self.y[rows], cm.attr_k,
                 self.cfg.concept_weight)
-            self.held = attribution  # as there, its graph is kept until the next step
             (total * (self.micro / len(self.x))).backward()
 
     def ask(self):
@@ -188,9 +178,8 @@ class Row:
 
     def turn(self, steps):
         """(tokens per second, the concept model's share of the time or None), over some steps."""
-        self.step()  # not counted: other rows had the machine
-        seconds = clocked(self.step, self.device, steps)
-        share = clocked(self.ask, self.device, steps) / seconds if self.asks else None
+        seconds = clocked(self.step, steps)
+        share = clocked(self.ask, steps) / seconds if self.asks else None
         return self.x.numel() / seconds, share
 
     def peak(self, others):
@@ -206,13 +195,12 @@ class Row:
 
     def profile(self):
         """The 15 operations (on a GPU: kernels) in which a step spends most time, one per line."""
-        on_gpu = self.device.type == "cuda"
+        kind = "CUDA" if self.device.type == "cuda" else "CPU"
+        time = "self_device_time_total" if kind == "CUDA" else "self_cpu_time_total"
         with profile() as measured:
             self.step()
-        us = Counter({event.key: event.self_device_time_total if on_gpu
-                      else event.self_cpu_time_total for event in measured.key_averages()
-                      if event.device_type.name == ("CUDA" if on_gpu else "CPU")
-                      and not event.is_user_annotation})
+        us = Counter({event.key: getattr(event, time) for event in measured.key_averages()
+                      if event.device_type.name == kind and not event.is_user_annotation})
         return "\n".join(f"{t / 1e3:10.2f} ms {t / us.total():6.1%}  {name[:75]}"
                          for name, t in us.most_common(15))
 
@@ -272,8 +260,7 @@ def read_rows(argv):
     keys = [a for a in argv if a not in files]
     if not files:
         parse(Config, keys, __doc__, most=0)  # --help ends here
-        raise UserError("name config files: python bench.py config/stdlib_ntp.py "
-                        "config/stdlib_cocomix.py")
+        raise UserError("name config files: python bench.py config/ntp_69m.py config/cocomix_69m.py")
     wanted = []
     for file in files:
         (cfg, _), name = parse(Config, [file, *keys], __doc__, most=0), Path(file).stem
@@ -314,8 +301,7 @@ def append_results(path, results):
 def main(argv):
     cfg, wanted = read_rows(argv)
     if cfg.count:
-        print(table([count(name, c) for name, c, kind in wanted if not kind], COUNTED))
-        return
+        return print(table([count(name, c) for name, c, kind in wanted if not kind], COUNTED))
     if cfg.write:
         append_results(cfg.write, [])  # if it fails, then now
     device = pick_device(cfg.device)
@@ -328,8 +314,7 @@ def main(argv):
         for row in rows:
             row.turns.append(row.turn(cfg.steps))
     results = [result_of(row, rows[0], machine, accounting.peak_flops(device)) for row in rows]
-    turns = f"{cfg.rounds} round{'s' * (cfg.rounds > 1)} of {cfg.steps} step{'s' * (cfg.steps > 1)}"
-    print(f"{machine}; {turns}\n\n{table(results)}")
+    print(f"{machine}; rounds: {cfg.rounds}, steps in each: {cfg.steps}\n\n{table(results)}")
     for row in rows:
         if cfg.profile and row.kind != "official":
             print(f"\n{row.facts['row']}\n{row.profile()}")

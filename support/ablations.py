@@ -36,8 +36,7 @@ class HiddenMixer(nn.Module):
 
         g = MLP(x);  L = distance(g, h_con);  ĉ = (W g + b_W + b) · σ + μ     x, b: see ConceptMixer
 
-    h_con is normalised as for the SAE. l1, l2: mean over features; cos: 1 - cosine.
-    """
+    h_con is normalised as for the SAE. l1, l2: mean over features; cos: 1 - cosine."""
     def __init__(self, config):
         super().__init__()
         d = config.n_embd

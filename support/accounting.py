@@ -23,10 +23,9 @@ def num_params(model, active=False):
     return total
 
 def flops_per_token(model, backward=True, block_size=None):
-    """FLOPs per token of a GPT. Interleaved positions count as two per token, except for the last
-    block's queries and MLP; the concept head, the kept rows of compress and the tied head are
-    included. backward: add twice the forward. block_size: context length (default: the model's).
-    """
+    """FLOPs per token of a GPT, with its heads and the kept rows of compress. Interleaved positions
+    count as two per token, except for the last block's queries and MLP. backward: add twice the
+    forward. block_size: context length (default: the model's)."""
     c, d = model.config, model.config.n_embd
     block_size = block_size or c.block_size
     flops = 2 * d * c.vocab_size
@@ -64,10 +63,9 @@ def activation_bytes(model, tokens, start=0, bf16=True, taught=False):
     Under bfloat16 autocast a position in a block keeps 36 d bytes for the backward: the residual
     stream twice in float32, then 14 d numbers for the matrix products (two LayerNorms, q, k, v,
     attention, GELU before and after). With checkpoint_blocks it keeps only its float32 input.
-    Three more positions cover the mixer, the heads and the block that the backward is in. To that
-    add one chunk of logits with what is computed from it (more with a teacher), and the heads'
-    gradients, computed in the forward and copied in the backward.
-    """
+    Three more positions cover the mixer, the heads and the block that the backward is in. Added are
+    one chunk of logits with what is computed from it (more with a teacher), and the heads'
+    gradients, computed in the forward and copied in the backward."""
     c, d = model.config, model.config.n_embd
     doubled = c.n_layer - max(start, c.insert_layer) if c.interleaved else 0
     positions = c.n_layer - start + doubled

@@ -9,8 +9,8 @@ import torch
 from support.kernels import gathered_dot
 
 def pick_device(name="auto"):
-    """The torch.device of a name. auto: CUDA, or MPS if it supports the sparse products, or the
-    CPU. Under torchrun, "cuda" is the GPU of this process. UserError: not available."""
+    """The torch.device of a name; "cuda" is this process's GPU. auto: CUDA, or MPS if it has the
+    sparse products, or the CPU. UserError: not available."""
     if name == "auto" and torch.cuda.is_available():
         name = "cuda"
     elif name == "auto":

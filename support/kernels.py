@@ -37,14 +37,11 @@ def sparse_decode(top, weight):
 
 def embedding_sum(values, indices, weight):
     """Σ_k values[n, k] · weight[indices[n, k]]: values, indices (N, k), weight (C, d) → (N, d)."""
-    scale = values.to(weight.dtype)
-    return F.embedding_bag(indices, weight, mode="sum", per_sample_weights=scale)
+    return F.embedding_bag(indices, weight, mode="sum", per_sample_weights=values.to(weight.dtype))
 
 def gathered_dot(indices, weight, x):
     """(x @ weight.T) at the given columns only: indices (N, k), weight (C, d), x (N, d) → (N, k).
-
-    This is the gradient of an embedding bag for its weights; its kernel makes no (N, k, d) gather.
-    """
+    The kernel, an embedding bag's gradient for its weights, makes no (N, k, d) gather."""
     N, k = indices.shape
     first = torch.arange(0, N * k, k, device=x.device)
     bag = torch.arange(N, device=x.device).repeat_interleave(k)
@@ -84,8 +81,7 @@ def topk(z, k, sorted=True):
     The k largest lie in the k groups of eight columns with the largest maxima. This same function
     finds those groups, one level down, until few are left. Groups are strided (of G groups, group g
     holds columns g, g + G, …), so their maxima take one pass over whole rows. sorted=False: in any
-    order. Among equal values any may be taken.
-    """
+    order. Among equal values any may be taken."""
     C = z.shape[-1]
     G = C // 8
     if C < 1024 or C % 8 or 4 * k > G:
@@ -106,8 +102,7 @@ def linear_topk(x, weight, bias, k, labels=None):
 
     x (..., d), weight (C, d), bias (C,) or None. Only a few rows of z exist at a time; their
     gradient is computed with them. The gradient through the kept values is sparse. Without labels
-    the loss is None.
-    """
+    the loss is None."""
     flat_labels = None if labels is None else labels.flatten(0, -2)
     values, indices, loss, _ = _Head.apply(
         x.flatten(0, -2), weight, bias, flat_labels, k, len(weight),
@@ -124,8 +119,7 @@ def linear_cross_entropy(x, weight, targets, n_valid=None, teacher=None, kd_weig
         loss = F.cross_entropy(z, targets) + kd_weight * kl
 
     Rows of weight from n_valid on are padding and take no part. kl is for the log; its gradient is
-    part of the loss's. Without a teacher kl is None. Chunked as in `linear_topk`.
-    """
+    part of the loss's. Without a teacher kl is None. Chunked as in `linear_topk`."""
     taught = (None, None) if teacher is None else (teacher.x.flatten(0, -2), teacher.weight)
     _, _, loss, kl = _Head.apply(
         x.flatten(0, -2), weight, None, targets.reshape(-1, 1), 0, n_valid or len(weight),
@@ -216,8 +210,7 @@ def _softmax_loss_(z, largest, y):
 def _logits_gradient_(e, total, y, p, kd_weight):
     """e = total · softmax(z) becomes total · N · (d loss / d z) in place, with
 
-        d loss / d z = (softmax(z) - 1/m at the m labels + kd_weight · (softmax(z) - p)) / N
-    """
+        d loss / d z = (softmax(z) - 1/m at the m labels + kd_weight · (softmax(z) - p)) / N"""
     if p is not None:
         e *= 1 + kd_weight
         e[:, :p.shape[1]] -= kd_weight * total * p

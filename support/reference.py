@@ -65,9 +65,8 @@ def attribution(sae, c, grad):
 
 def concept_attribution(gpt, sae, layer, idx, targets):
     """Steps 1 and 2: tokens and targets (B, T) → a (B, T, C). h_con is the output of block `layer`.
-
-    Like the official code, this runs a full backward: where the weights of gpt require gradients,
-    they accumulate them; where those of sae do, a keeps its graph."""
+    A full backward, as in the official code: weights of gpt that require gradients accumulate them;
+    where those of sae do, a keeps its graph."""
     h = run_blocks(gpt, embed(gpt, idx), 0, layer + 1)
     h.requires_grad_().retain_grad()
     logits = head(gpt, run_blocks(gpt, h, layer + 1, len(gpt.h)))
@@ -99,18 +98,16 @@ def continuous_concept(mixer, z, h):
 
 def forward(model, idx, labels):
     """Steps 4 to 6: tokens (B, T), labels (B, T, attr_k) → (logits (B, T, V), L_concept)."""
-    insert_layer, n_layer = model.config.insert_layer, model.config.n_layer
-    h = run_blocks(model, embed(model, idx), 0, insert_layer)
+    h = run_blocks(model, embed(model, idx), 0, model.config.insert_layer)
     z = concept_logits(model.mixer, h)
     loss = concept_loss(z, labels)
     c = continuous_concept(model.mixer, z, h)
     x = torch.stack((h, c), dim=2).flatten(1, 2)  # (B, 2T, d)
-    x = run_blocks(model, x, insert_layer, n_layer)
+    x = run_blocks(model, x, model.config.insert_layer, len(model.h))
     return head(model, x[:, 1::2]), loss  # read at the ĉ positions
 
 def step_losses(model, gpt, sae, layer, idx, targets, attr_k=4, concept_weight=0.1):
-    """Step 7, and all before it: tokens, targets (B, T) → (total, next-token loss, L_concept, a).
-    The last is the attribution, (B, T, C)."""
+    """Steps 1 to 7: tokens and targets (B, T) → (total, next-token loss, L_concept, a)."""
     a = concept_attribution(gpt, sae, layer, idx, targets)
     logits, concept = forward(model, idx, choose_labels(a, attr_k))
     next_token = next_token_loss(logits, targets)

@@ -5,15 +5,15 @@
     python bench.py --count config/*_69m.py config/*_1b.py              # parameters and FLOPs only
 
 Steps of all rows alternate, so a slow minute of the machine slows them alike. Figures are medians
-over the rounds, ratios are medians of each round's ratio. FLOPs are counted at their minimum
+over the rounds, ratios medians of each round's ratio. FLOPs are counted at their minimum
 (support/accounting.py), so FLOP/s and MFU fall with every product that is not needed. GPT-2 and its
 SAE are not fetched: random weights of the same shapes take the same time.
 
 --disk adds, for each CoCoMix config, a row with labels from disk; --official, one with the official
 code's recipe (support/reference.py): float32, everything dense, four separate cross-entropies,
-concept model and SAE not frozen. On a CPU that row runs in a process of its own, where glibc frees
-memory as usual; so does each row whose memory is measured. --profile lists the operations that take
-most of a step's time. --count takes hours from results/bench-h200.jsonl (written with --write).
+concept model and SAE not frozen. On a CPU it has a process of its own, where glibc frees memory as
+usual; so has each row whose memory is measured, but there freed memory is kept. --count takes hours
+from results/bench-h200.jsonl (written with --write).
 """
 import json
 import platform
@@ -110,9 +110,8 @@ def count(name, cfg):
     speeds = {line["row"]: line["tokens_per_s"] for line in measured}
     return dict(
         row=name, shape=f"{cfg.n_layer} × {cfg.n_embd}", params=accounting.num_params(model) / 1e6,
-        active_params=accounting.num_params(model, active=True) / 1e6,
+        active_params=accounting.num_params(model, active=True) / 1e6, tokens=tokens / 1e9,
         flops=accounting.flops_per_token(model) / 1e6, concept_flops=concept_flops / 1e6 or None,
-        tokens=tokens / 1e9,
         hours=f"{tokens / speeds[name] / 3600:,.0f}" if name in speeds else "not measured")
 
 def clocked(f, times=1):
@@ -260,16 +259,15 @@ def read_rows(argv):
     keys = [a for a in argv if a not in files]
     if not files:
         parse(Config, keys, __doc__, most=0)  # --help ends here
-        raise UserError("name config files: python bench.py config/ntp_69m.py config/cocomix_69m.py")
+        raise UserError("name config files: python bench.py config/ntp_69m.py config/kd_69m.py")
     wanted = []
     for file in files:
         (cfg, _), name = parse(Config, [file, *keys], __doc__, most=0), Path(file).stem
         wanted.append((name, cfg, ""))
-        if train.inserts(cfg) != "concept":
-            continue
-        if cfg.disk and cfg.labels != "disk":
+        cocomix = train.inserts(cfg) == "concept"
+        if cocomix and cfg.disk and cfg.labels != "disk":
             wanted.append((name, replace(cfg, labels="disk"), "labels from disk"))
-        if cfg.official and not train.is_taught(cfg):
+        if cocomix and cfg.official and not train.is_taught(cfg):
             if cfg.concept_weight == 0:
                 raise UserError("--official needs a concept model: concept_weight=0 leaves it out")
             wanted.append((name, replace(cfg, **OFFICIAL), "official"))

@@ -42,9 +42,8 @@ def flops_per_token(model, backward=True, block_size=None):
     return flops * (3 if backward else 1)
 
 def label_flops_per_token(concept_model, block_size=None):
-    """FLOPs per token of a ConceptModel (0 for None): the blocks up to its layer; the SAE's encoder
-    for concepts; the upper blocks and the head for attribution or a teacher, and their gradient for
-    attribution."""
+    """FLOPs per token of a ConceptModel (0 for None): the lower blocks; for concepts, the encoder;
+    for attribution or a teacher, upper blocks and head; for attribution, their gradient, too."""
     if concept_model is None:
         return 0
     gpt, labels = concept_model.gpt, concept_model.target == "concept"

@@ -14,7 +14,7 @@ def hidden_states(gpt, idx, layer, bf16=False):
 class HiddenStates:
     """Shuffled, normalised hidden states of a concept model, a pure function of (seed, step).
 
-    Blocks of tokens are drawn as in training; the states of `buffer` batches are shuffled together."""
+    Tokens are drawn as in training; the states of `buffer` batches are shuffled together."""
     def __init__(self, gpt, cfg, batches, device):
         self.gpt, self.cfg, self.batches, self.device = gpt, cfg, batches, device
         self._round = None

@@ -1,7 +1,6 @@
 """Fast paths: sparse products, TopK in stages, and heads whose loss comes with its gradient.
 
 Each function equals the plain formula in its docstring; the tests hold the two equal in float64.
-
 Shapes: N positions, d features, C concepts, V vocabulary.
 """
 import math

@@ -387,8 +387,6 @@ BENCH = {
         ("config/cocomix_69m.py --official --concept_weight=0 --device=cpu", "concept_weight=0"),
     "rows for CoCoMix without a CoCoMix config":
         ("config/ntp_69m.py --official --device=cpu", "none among these configs", "CoCoMix"),
-    "a row that does not exist":
-        ("config/stdlib_ntp.py --only_row=7 --device=cpu", "only_row=7", "0 to 0"),
     "a width to count that is not divisible":
         ("config/ntp_69m.py --n_embd=17 --count", "n_embd=17", "n_head"),
 }

@@ -68,9 +68,8 @@ class PairCounts:
             self.merge()
 
     def merge(self):
+        weights = np.concatenate((self.counts, *map(np.ones_like, self.new)))
         keys = np.concatenate((self.keys, *self.new))
-        weights = np.ones(len(keys))
-        weights[:len(self.counts)] = self.counts
         self.keys, inverse = np.unique(keys, return_inverse=True)
         self.counts, self.new = np.bincount(inverse, weights).astype(np.int64), []
         if len(self.keys) > self.limit:
@@ -80,9 +79,8 @@ class PairCounts:
 def typical(pairs, everywhere, C, prior=20):
     """The tokens most typical of each concept: (ids, share, lift), each (C, TOKENS).
 
-    share = p(token | concept), smoothed by `prior` pseudo-observations from p(token);
-    lift = share / p(token) > 1. Sorted by share · log lift, the token's term of the KL divergence:
-    lift alone favours rare tokens, share alone common ones.
+    share = p(token | concept), smoothed by `prior` pseudo-observations; lift = share / p(token).
+    Tokens with lift > 1 are sorted by share · log lift, their terms of the KL divergence.
     """
     pairs.merge()
     concept, token = np.divmod(pairs.keys, len(everywhere))  # concepts ascending
@@ -100,30 +98,24 @@ def typical(pairs, everywhere, C, prior=20):
     ids, share, lift = torch.from_numpy(table)
     return ids.int(), share.float(), lift.float()
 
-class Strongest:
-    """The n largest values of each of C concepts, at most one per block, and where they occur."""
-    def __init__(self, C, n=CONTEXTS, device="cpu"):
-        self.value = torch.full((C, n), -torch.inf, device=device)
-        self.where = torch.full((C, n), NOWHERE, device=device)
+def strongest(found, top, where):
+    """(values, places), (C, n) each: every concept's n largest values, at most one per block, in
+    `found` so far and in a TopK (rows, T, k) of tokens at the places `where` (rows, T)."""
+    rows, (C, n) = len(where), found[0].shape
+    value, concept = top.values.float().flatten(1), top.indices.flatten(1)
+    best = value.new_full((rows, C), -torch.inf).scatter_reduce_(1, concept, value, "amax")
+    where = where.repeat_interleave(top.values.shape[-1], dim=1)
+    where = where.masked_fill(value != best.gather(1, concept), NOWHERE)
+    first = where.new_full((rows, C), NOWHERE).scatter_reduce_(1, concept, where, "amin")
+    values, order = torch.cat((found[0], best.T), 1).sort(dim=1, descending=True, stable=True)
+    return values[:, :n], torch.cat((found[1], first.T), 1).gather(1, order[:, :n])
 
-    def add(self, top, where):
-        """top: TopK (rows, T, k). where: position in the file of each token, (rows, T)."""
-        rows, k, (C, n) = len(where), top.values.shape[-1], self.value.shape
-        value, concept = top.values.float().flatten(1), top.indices.flatten(1)
-        best = value.new_full((rows, C), -torch.inf).scatter_reduce_(1, concept, value, "amax")
-        is_best = value == best.gather(1, concept)
-        place = where.repeat_interleave(k, dim=1).masked_fill(~is_best, NOWHERE)
-        first = place.new_full((rows, C), NOWHERE).scatter_reduce_(1, concept, place, "amin")
-        values, places = torch.cat((self.value, best.T), 1), torch.cat((self.where, first.T), 1)
-        values, order = values.sort(dim=1, descending=True, stable=True)
-        self.value, self.where = values[:, :n], places.gather(1, order[:, :n])
-
-    def contexts(self, tokens):
-        """(tokens around each place (C, n, BEFORE + 1 + AFTER), padded with -1; the values)."""
-        places = self.where[..., None].cpu().numpy() + np.arange(-BEFORE, AFTER + 1)
-        inside = (places >= 0) & (places < len(tokens))
-        around = np.where(inside, tokens[places * inside].astype(np.int32), -1)
-        return torch.from_numpy(around), self.value.cpu()
+def contexts_at(tokens, values, places):
+    """(tokens around each place (C, n, BEFORE + 1 + AFTER), padded with -1; the values)."""
+    at = places[..., None].cpu().numpy() + np.arange(-BEFORE, AFTER + 1)
+    inside = (at >= 0) & (at < len(tokens))
+    around = np.where(inside, tokens[at * inside].astype(np.int32), -1)
+    return torch.from_numpy(around), values.cpu()
 
 def column_norms(model):
     """‖W_:,i‖ of the compress matrix, (C,): how far one unit of each concept moves ĉ."""
@@ -162,7 +154,8 @@ def build_index(content, model, concept_model, tokens, device):
     steps = max(1, min(round(tokens / (rows * T)), batches.blocks // rows))
     labelled = predicted = activations = everywhere = 0
     current, following, edges = PairCounts(), PairCounts(), EDGES[1:-1].to(device)
-    strongest, most_predicted = Strongest(C, device=device), Strongest(C, device=device)
+    nothing = torch.full((C, CONTEXTS), -torch.inf, device=device)
+    most_active = most_predicted = nothing, torch.full_like(nothing, NOWHERE, dtype=torch.int64)
     with progress(steps * rows * T, "concept index", "tok", unit_scale=True, leave=False) as bar:
         for step in range(steps):
             x, y = (t.to(device) for t in batches[step])
@@ -176,8 +169,8 @@ def build_index(content, model, concept_model, tokens, device):
             current.add((labels * V + x[..., None]).flatten().cpu().numpy())
             following.add((labels * V + y[..., None]).flatten().cpu().numpy())
             where = torch.from_numpy(batches.starts(step)[:, None] + np.arange(T)).to(device)
-            strongest.add(active, where)
-            most_predicted.add(kept, where)
+            most_active = strongest(most_active, active, where)
+            most_predicted = strongest(most_predicted, kept, where)
             bar.update(y.numel())
     effects, norm = torch.zeros(2, C, 0).int(), torch.zeros(C)
     if c.mix != "none":
@@ -187,12 +180,12 @@ def build_index(content, model, concept_model, tokens, device):
         labelled.cpu(), predicted.cpu(), activations.view(C, -1).cpu(),
         *typical(following, everywhere.cpu(), C), *typical(current, everywhere.cpu(), C),
         *effects, norm, *neighbours(concept_model.sae.decoder),
-        *strongest.contexts(train), *most_predicted.contexts(train))
+        *contexts_at(train, *most_active), *contexts_at(train, *most_predicted))
 
 def index_of_run(path, content, model, concept_model, device, tokens=None):
-    """The ConceptIndex of the run whose checkpoint is at `path`: loaded from concepts.pt if that is
-    of the same weights and `tokens` training tokens (None: any number), else built and saved.
-    concept_model: the run's ConceptModel, or a function that loads it if it is needed."""
+    """The ConceptIndex of the run whose checkpoint is at `path`, from concepts.pt next to it; built
+    and saved if that has other weights or not `tokens` training tokens (None: any number).
+    concept_model: the run's ConceptModel, or a function that loads it."""
     stored = Path(path).parent / "concepts.pt"
     try:
         found = ConceptIndex(**read_tensors(stored, "a concept index"))
@@ -237,7 +230,7 @@ def describe(index, concept, tokenizer):
 def used(index):
     """The concepts that were ever a label or predicted, most used first."""
     use = index.labelled + index.predicted
-    return use.argsort(descending=True, stable=True)[:(use > 0).sum()].tolist()
+    return use.argsort(descending=True, stable=True)[:use.count_nonzero()].tolist()
 
 def similarity(token, word):
     """Ratio of lengths if one contains the other and is not much shorter; else 0."""
@@ -248,9 +241,8 @@ def similarity(token, word):
 def find(entries, query):
     """The entries (see `describe`) that match the words of a query, best match first.
 
-    A word scores similarity · share · log lift (see `typical`) over the concept's tokens, plus a
-    tenth of the share of its contexts that contain it. Square roots are summed: a match for every
-    word beats a strong match for one.
+    A word scores similarity · share · log lift over the concept's tokens, plus a tenth of the share
+    of its contexts with it. Sums of square roots favour a match for every word.
     """
     def score(e, word):
         total = sum(similarity(token, word) * share * math.log(lift)

@@ -82,11 +82,10 @@ def log_of(run):
 
 def named(paths):
     """[(short name, path)]: the name of the run's folder or log; its path where names repeat."""
-    runs = [path.parent if path.name in ("ckpt.pt", "log.jsonl") else path.with_suffix("")
-            for path in paths]
-    unique = len({run.name for run in runs}) == len(runs)
-    return [(run.name if unique else str(run), path)
-            for run, path in zip(runs, paths, strict=True)]
+    runs = {path: path.parent if path.name in ("ckpt.pt", "log.jsonl") else path.with_suffix("")
+            for path in paths}
+    unique = len({run.name for run in runs.values()}) == len(paths)
+    return [(runs[path].name if unique else str(runs[path]), path) for path in paths]
 
 class Curve(NamedTuple):
     """The training of one method, at the evaluations that all of its seeds share."""
@@ -114,16 +113,14 @@ def read_curve(name, logs):
     if not shared:
         raise UserError(f"{name}: no evaluation after the start in all of its logs; train longer, "
                         "or with a smaller --eval_interval")
-    speeds = []
+    losses, speeds = {}, []
     for log, at in zip(logs, points, strict=True):
+        losses[log[0].get("seed")] = [at[tokens]["val_loss"] for tokens in shared]
         logged = [line["tokens_per_s"] for line in log if "tokens_per_s" in line]
         speeds.append(statistics.median(logged or [max(at) / at[max(at)]["seconds"]]))
-    start = logs[0][0]
-    flops = (start.get("flops_per_token") or 0) + (start.get("concept_flops_per_token") or 0)
-    losses = {log[0].get("seed"): [at[tokens]["val_loss"] for tokens in shared]
-              for log, at in zip(logs, points, strict=True)}
     seconds = [statistics.fmean(tokens / speed for speed in speeds) for tokens in shared]
-    return Curve(shared, losses, seconds, flops)
+    flops = [logs[0][0].get(key) or 0 for key in ("flops_per_token", "concept_flops_per_token")]
+    return Curve(shared, losses, seconds, sum(flops))
 
 def spread(values, form=".3f"):
     """Mean ± half the range, as text; only the mean of a single value."""
@@ -171,7 +168,7 @@ def learning_curves(curves, columns=4):
     relative to the first run; FLOPs and seconds of the whole run. ±: half the range over seeds."""
     shared, first = shared_tokens(curves), next(iter(curves.values()))
     n = min(columns, len(shared))
-    shown = [shared[round((i + 1) * len(shared) / n) - 1] for i in range(n)]
+    shown = [shared[round(i * len(shared) / n) - 1] for i in range(1, n + 1)]
     rows = [["run", "seeds", *(f"loss at {tokens / 1e6:.2f}M" for tokens in shown), "vs first",
              "tokens needed", "FLOPs needed", "FLOPs", "seconds"]]
     rows.append(["---"] + ["---:"] * (len(rows[0]) - 1))
@@ -197,7 +194,8 @@ def new_figure(rows, columns, width, height, **options):
 
 def picture_path(path):
     """Refuse a path that no picture can be written to (None: no picture)."""
-    if path and (Path(path).suffix not in (".png", ".svg", ".pdf") or Path(path).is_dir()):
+    suffix = Path(path or "").suffix
+    if suffix and (suffix not in (".png", ".svg", ".pdf") or Path(path).is_dir()):
         raise UserError(f"plot={str(path)!r}: expected a file name ending in .png, .svg or .pdf")
 
 def save_figure(figure, path):
@@ -255,9 +253,10 @@ def draw_curve(axes, name, curve):
 def merge_evaluations(lines):
     """Lines of an eval.jsonl → one per checkpoint, by tokens. Where a checkpoint was evaluated
     several times, the latest of the most complete evaluations counts."""
+    def completeness(line):
+        return line.get("limit") or math.inf, line.get("val_tokens", 0)
     at = {}
-    for line in sorted(lines, key=lambda line: (line.get("limit") or math.inf,
-                                                line.get("val_tokens", 0))):
+    for line in sorted(lines, key=completeness):
         at.setdefault(line["tokens"], {}).update(line)
     return [at[tokens] for tokens in sorted(at)]
 
@@ -281,8 +280,7 @@ def plot_tasks(path, evaluations):
                 axis.yaxis.set_major_formatter("{x:.1%}")
         figure.supxlabel("training tokens", fontsize=10)
         axes.flat[0].legend(frameon=False)
-        stem = f"{Path(path).stem}-{which}"
-        written.append(save_figure(figure, Path(path).with_stem(stem)))
+        written.append(save_figure(figure, Path(path).with_stem(f"{Path(path).stem}-{which}")))
     return " ".join(written)
 
 def compare(runs, picture):

@@ -10,18 +10,16 @@
 
 val loss: the mean over val.bin in blocks of block_size; every token but the first is a target once.
 hit rate: the share of label concepts among the concept_k predicted ones; "most common": the same
-for always predicting the concept_k most common labels. Labels are those of the run's concept model.
-
-The paper's seven tasks give the numbers of lm-evaluation-harness 0.4, in float32. They run by
-default for GPT-2's tokens, else with --tasks or --eval_data. Each evaluation is appended to the
-run's eval.jsonl, from which --compare draws the paper's Figures 2 and 7 to 9.
+for always predicting the concept_k most common labels. The paper's seven tasks give the numbers of
+lm-evaluation-harness 0.4. Evaluations are appended to the run's eval.jsonl, from which --compare
+draws the paper's Figures 2 and 7 to 9.
 """
 import functools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from support.runtime import UserError, progress, run  # before torch
+from support.runtime import progress, run  # before torch
 
 import torch
 
@@ -42,8 +40,8 @@ class Config:
     tokens: int | None = key(None, "val tokens to evaluate on (none: all)", low=2)
     batch_size: int = key(16, "sequences per batch", low=1)
     official: bool = key(False, "also perplexity as the official code computes it")
-    tasks: str = key("auto", "all, none or names: piqa,arc_easy; auto: all with eval_data or for "
-                     "GPT-2's tokens, else none", bare="all", follows=r"[a-z_,]+$")
+    tasks: str = key("auto", "all, none or names; auto: all with eval_data or for GPT-2's tokens",
+                     bare="all", follows=r"[a-z_,]+$")
     eval_data: str | None = key(None, "folder of the tasks' NAME.jsonl[.gz] (none: download them)")
     limit: int | None = key(None, "first documents of each task to use (none: all)", low=1)
     model: str | None = key(None, "also evaluate gpt2 (downloaded), or a folder of its weights")
@@ -61,27 +59,28 @@ def evaluate(content, model, device, tokens=None, batch_size=16):
     """The validation part of a row; label_concepts: how many different concepts are labels."""
     concept_model, c = concepts.concept_model_of_run(content, device), model.config
     val = tokens_of_run(content, "val")[:tokens and tokens + 1]
-    loss, concept_loss, hits, count, labelled = 0.0, 0.0, 0.0, 0, 0
-    with progress(len(val) - 1, "evaluate", "tok", unit_scale=True, leave=False) as bar:
+    count, labels = len(val) - 1, None
+    loss = concept_loss = hits = labelled = 0
+    with progress(count, "evaluate", "tok", unit_scale=True, leave=False) as bar:
         for x, y in sequential(val, c.block_size, batch_size, c.vocab_size):
             x, y = x.to(device), y.to(device)
-            labels = None if concept_model is None else concept_model.labels(x, y)
+            if concept_model is not None:
+                labels = concept_model.labels(x, y)
             out = model(x, y, labels)
             loss += out.loss.item() * y.numel()
-            if labels is not None:
+            if concept_model is not None:
                 concept_loss += out.concept_loss.item() * y.numel()
             if out.concepts is not None:
                 hit = (labels[..., :, None] == out.concepts.indices[..., None, :]).any(-1)
                 hits += hit.float().mean(-1).sum().item()
                 labelled += torch.bincount(labels.flatten(), minlength=c.n_concepts)
-            count += y.numel()
             bar.update(y.numel())
     row = dict(loss=loss / count, perplexity=curves.perplexity(loss / count), val_tokens=count)
     if concept_model is not None:
         row["concept_loss"] = concept_loss / count
     if c.insert == "concept":
         fixed = labelled.topk(c.concept_k).values.sum() / labelled.sum()
-        row |= dict(label_concepts=(labelled > 0).sum().item(), hit_rate=hits / count,
+        row |= dict(label_concepts=labelled.count_nonzero().item(), hit_rate=hits / count,
                     fixed_hit_rate=fixed.item())
     return row
 

@@ -13,7 +13,7 @@ the SAE's space (concepts.SteeredSAE). Words are looked up in the concept index.
 import shutil
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -118,24 +118,21 @@ def choose(model, tokenizer, idx, index, n=3, factors=(-8.0, 8.0)):
     return chosen
 
 def plan(chosen, sweep, together, index, tokenizer):
-    """[(title, {concept: factor})] to generate: plain, and steered by each chosen {concept: factor}
+    """{title: {concept: factor}} to generate: plain, and steered by each chosen {concept: factor}
     (or all together); for a sweep, one per factor."""
     if sweep:
         for concept in chosen:
             print(f"concept {concept}, before {index.name(concept, tokenizer)}")
-        return [(f"× {factor}", dict.fromkeys(chosen, factor)) for factor in SWEEP]
-    steered = [(f"concept {c} × {f:g}, before {index.name(c, tokenizer)}", {c: f})
-               for c, f in chosen.items()]
-    if together:
-        steered = [("; ".join(title for title, _ in steered), chosen)]
-    return [("plain", {}), *steered]
+        return {f"× {factor}": dict.fromkeys(chosen, factor) for factor in SWEEP}
+    steered = {f"concept {c} × {f:g}, before {index.name(c, tokenizer)}": {c: f}
+               for c, f in chosen.items()}
+    return {"plain": {}} | ({"; ".join(steered): chosen} if together else steered)
 
 # --------------------------------------------------------------------------------------------------
 # On the screen
 
 def columns(texts, width):
-    """Texts next to each other in columns of equal width, longer lines wrapped. A single text is
-    left as it is."""
+    """Texts next to each other, wrapped into columns of equal width; a single one as it is."""
     if len(texts) == 1:
         return texts[0]
     each = (width - 3 * (len(texts) - 1)) // len(texts)
@@ -218,7 +215,7 @@ def main(argv):
     idx = torch.tensor([prompt], device=device)
     models = load_models(cfg, content, model, load_concept_model)
 
-    auto, index, variants, scale = cfg.steer == "auto", None, [("", {})], None
+    auto, index, variants, scale = cfg.steer == "auto", None, {"": {}}, None
     chosen = parse_steer(cfg.steer, C, cfg.steer_sweep) if cfg.steer and not auto else {}
     if cfg.steer or cfg.inspect:
         index = index_of_run(path, content, model, load_concept_model, device)
@@ -229,7 +226,7 @@ def main(argv):
         chosen = {look_up(name, index, tokenizer) if isinstance(name, str) else name: factor
                   for name, factor in chosen.items()}
         variants = plan(chosen, cfg.steer_sweep, not auto, index, tokenizer)
-        scale = scales([factors for _, factors in variants], C, device)
+        scale = scales(variants.values(), C, device)
 
     tokens = {}  # name → (variants · samples, T)
     for name, gpt in models.items():
@@ -237,16 +234,14 @@ def main(argv):
         tokens[name] = generate(gpt, idx.expand(cfg.num_samples, -1), cfg.max_new_tokens,
                                 cfg.temperature, cfg.top_k, scale, generator)
     width = shutil.get_terminal_size((100, 24)).columns
-    for row in range(len(variants) * cfg.num_samples):
-        variant, sample = divmod(row, cfg.num_samples)
-        title = variants[variant][0] or f"sample {sample + 1}"
-        print(f"\n── {title} ".ljust(width + 1, "─"))
+    for row, (title, sample) in enumerate(product(variants, range(cfg.num_samples))):
+        print(f"\n── {title or f'sample {sample + 1}'} ".ljust(width + 1, "─"))
         ids = {name: t[row, prompt == [tokenizer.eot_token]:] for name, t in tokens.items()}
         if len(ids) > 1:
             print(columns([name.upper() for name in ids], width))
         print(columns([tokenizer.decode(t.tolist()) for t in ids.values()], width))
         if cfg.inspect:
-            factors = None if scale is None else scale[variant]
+            factors = None if scale is None else scale[row // cfg.num_samples]
             for name, t in ids.items():
                 shown = inspection(models[name], t, factors, index, tokenizer, width)
                 print(f"\n{name}:\n{shown}")

@@ -4,6 +4,7 @@ One pass over training tokens finds the tokens at which each concept is a label,
 follow (the typical ones are its name), and where it is strongest. Saved next to the run.
 """
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,9 +136,9 @@ def promoted(model, n=TOKENS):
 def neighbours(directions, n=NEIGHBOURS):
     """Nearest concepts by cosine: unit rows (C, d) → ids and cosines, (C, n) each."""
     tops = []
-    for first in range(0, len(directions), 1024):
-        cosine = directions[first:first + 1024] @ directions.T
-        cosine[:, first:first + len(cosine)].fill_diagonal_(-torch.inf)  # not its own neighbour
+    for i, rows in enumerate(directions.split(1024)):
+        cosine = rows @ directions.T
+        cosine.diagonal(1024 * i).fill_(-torch.inf)  # not its own neighbour
         tops.append(cosine.topk(min(n, len(directions) - 1)))
     values, ids = (torch.cat(parts).cpu() for parts in zip(*tops, strict=True))
     return ids.int(), values
@@ -187,15 +188,14 @@ def index_of_run(path, content, model, concept_model, device, tokens=None):
     and saved if that has other weights or not `tokens` training tokens (None: any number).
     concept_model: the run's ConceptModel, or a function that loads it."""
     stored = Path(path).parent / "concepts.pt"
-    try:
+    with suppress(FileNotFoundError, UserError, TypeError):  # missing, damaged, an older version's
         found = ConceptIndex(**read_tensors(stored, "a concept index"))
         if found.checkpoint == model_hash(model) and tokens in (None, found.requested):
             return found
-    except (FileNotFoundError, UserError, TypeError):
-        pass  # missing, damaged, or of an older version
     tokens = tokens or 1_000_000
     print(f"building {stored} from {tokens:,} training tokens (once per checkpoint)")
-    concept_model = concept_model() if callable(concept_model) else concept_model
+    if callable(concept_model):
+        concept_model = concept_model()
     index = build_index(content, model, concept_model, tokens, device)
     with atomic_write(stored) as file:
         torch.save(index._asdict(), file)
@@ -217,13 +217,13 @@ def describe(index, concept, tokenizer):
     def contexts(ids, values):
         return [[text(t[:BEFORE]), text(t[BEFORE:BEFORE + 1]), text(t[BEFORE + 1:]), round(v, 2)]
                 for t, v in zip(row[ids], row[values], strict=True) if v > -torch.inf]
+    nearest = zip(row["neighbours"], row["cosine"], strict=True)
     return dict(
         id=concept, labelled=row["labelled"], predicted=row["predicted"],
         norm=round(row["norm"], 4), next=typical_tokens("next"), current=typical_tokens("current"),
         promotes=[text([t]) for t in row["promotes"]],
         suppresses=[text([t]) for t in row["suppresses"]],
-        neighbours=[[i, round(cosine, 3)]
-                    for i, cosine in zip(row["neighbours"], row["cosine"], strict=True)],
+        neighbours=[[i, round(cosine, 3)] for i, cosine in nearest],
         activations=row["activations"], contexts=contexts("contexts", "contexts_activation"),
         predictions=contexts("predictions", "predictions_logit"))
 

@@ -8,7 +8,6 @@ import torch
 from support.concept_index import NAME
 from support.curves import new_figure, perplexity, save_figure
 from support.engine import generate
-from support.kernels import linear_cross_entropy
 from support.tokens import Batches
 
 FACTORS = (-10.0, -5.0, -2.0, 0.0, 1.0, 2.0, 5.0, 10.0)  # 1: not steered
@@ -32,14 +31,14 @@ def scales(variants, n_concepts, device):
 def steering(models, index, val, device, n_concepts):
     """Steer {name: model} by the n_concepts concepts of an index that its run predicts most.
 
-    PROMPTS starts of val blocks are continued at temperature 1, each factor with the same random
-    numbers. Returns rows of model, concept, factor and
+    The starts of val blocks are continued at temperature 1, with the same random numbers under all
+    factors. Returns rows of model, concept, factor and
 
         next_tokens   how many of the generated `tokens` are among the concept's NAME typical ones
         loss          nats per token on LOSS_TOKENS of val, unrelated to the concept, steered too
 
-    A factor may be stronger in one model than in another: compare next_tokens at equal perplexity,
-    which does not fully reveal tokens that are merely pasted in.
+    A factor's strength depends on the model: compare next_tokens at equal perplexity, which does
+    not fully reveal tokens that are merely pasted in.
     """
     chosen, rows = choose_concepts(index, n_concepts), []
     block_size = min(model.config.block_size for model in models.values())
@@ -47,11 +46,7 @@ def steering(models, index, val, device, n_concepts):
         blocks = Batches(val, block_size, 1, model.config.vocab_size, shift=False)
         n_prompts, n_loss = min(PROMPTS, blocks.blocks), -(-LOSS_TOKENS // block_size)
         prompts = torch.cat([blocks[i][0][:, :PROMPT_TOKENS] for i in range(n_prompts)]).to(device)
-        states = []  # (h at the input of block insert_at: not steered yet; the targets)
-        for i in range(min(n_loss, blocks.blocks)):
-            x, y = (t.to(device) for t in blocks[i])
-            h = model.forward_blocks(model.embed(x), 0, model.config.insert_at)
-            states.append((h, y))
+        held_out = [[t.to(device) for t in blocks[i]] for i in range(min(n_loss, blocks.blocks))]
         with progress(len(chosen), f"steer {name}", "concept", leave=False) as bar:
             for concept in chosen:
                 variants = [{concept: factor} for factor in FACTORS]
@@ -61,27 +56,18 @@ def steering(models, index, val, device, n_concepts):
                 typical = index.next_tokens[concept, :NAME].to(device)
                 hits = torch.isin(texts[:, prompts.shape[1]:], typical).view(len(FACTORS), -1)
                 for hit, one, factor in zip(hits, scale, FACTORS, strict=True):
+                    losses = [model(x, y, scale=one).loss.item() for x, y in held_out]
                     rows.append(dict(model=name, concept=concept, factor=factor,
                                      next_tokens=hit.sum().item(), tokens=len(hit),
-                                     loss=steered_loss(model, states, one)))
+                                     loss=sum(losses) / len(losses)))
                 bar.update()
     return rows
-
-def steered_loss(model, states, scale):
-    """Mean next-token loss on blocks, [(h at the input of block insert_at, targets)]; scale (1, C)."""
-    losses = []
-    for h, y in states:
-        h_final = model.ln_f(model.finish(h, model.config.insert_at, scale=scale)[0])
-        loss, _ = linear_cross_entropy(h_final, model.wte.weight, y, model.config.vocab_size)
-        losses.append(loss.item())
-    return sum(losses) / len(losses)
 
 def steering_summary(rows):
     """Rows of `steering` → one per model and factor, averaged over the concepts.
 
     rate: share of typical next tokens. gain: geometric mean of (n + 1) / (n at factor 1, + 1);
-    gain_error: its first-order standard error over concepts. raised: share of concepts whose next
-    tokens became more frequent.
+    gain_error: its first-order standard error. raised: share of concepts with more of them.
     """
     groups, summary = {}, []
     for row in rows:

@@ -176,10 +176,9 @@ def encode(tokenizer, context, continuation, block_size):
             for start, end in pairwise(bounds) if start < end]
 
 def pack(pairs, block_size):
-    """{number: (context, continuation) in tokens} → a row through the model: the start that all
-    texts share, then the rest of each, side by side. Returns its tokens, [(token, position in its
-    text, branch: 0 for the start, then 1, 2, …)], and those to score, [(index into the row, token
-    that should come next, the pair's number)]."""
+    """{number: (context, continuation) in tokens} → a row: the start that all texts share, then the
+    rest of each. Returns [(token, position in its text, branch: 0 for the start, then 1, 2, …)] and
+    what to score, [(index into the row, token that should come next, the pair's number)]."""
     texts = [(context + continuation)[-block_size - 1:] for context, continuation in pairs.values()]
     shared = len(os.path.commonprefix([text[:-1] for text in texts]))
     row, scored = [(texts[0][t], t, 0) for t in range(shared)], []
@@ -192,8 +191,7 @@ def pack(pairs, block_size):
     return row, scored
 
 def final_states(model, rows):
-    """Rows of `pack` → hidden states after the last block (B, T, d). A branch sees the shared start
-    and itself."""
+    """Rows of `pack` → final hidden states (B, T, d). A branch sees the start and itself."""
     c, width = model.config, max(map(len, rows))
     padded = [row + [(0, 0, 0)] * (width - len(row)) for row in rows]
     tokens, positions, branch = torch.tensor(padded, device=model.wte.weight.device).unbind(-1)
@@ -265,14 +263,14 @@ def mean_and_error(parts):
 
 def run_task(name, docs, model, tokenizer, batch_size):
     """One task → dict: NAME/METRIC and NAME/METRIC_stderr for each metric, NAME/examples, NAME/cut
-    (texts that lost their start: longer than block_size + 1 tokens) and NAME/seconds.
+    (texts longer than block_size + 1 tokens, which lost their start) and NAME/seconds.
 
-    Standard errors of accuracies are the harness's. That of a perplexity is the perplexity times
-    that of the mean log-likelihood; the harness bootstraps LAMBADA's and has none for WikiText.
+    The standard error of a perplexity is the perplexity times that of the mean log-likelihood; the
+    harness bootstraps LAMBADA's and has none for WikiText.
     """
     task, size, start = TASKS[name], model.config.block_size, time.perf_counter()
     try:
-        questions = [task.ask(doc) for doc in docs]
+        questions = list(map(task.ask, docs))
     except (KeyError, ValueError, TypeError, AttributeError) as e:
         raise UserError(f"{name}: a document does not have the fields of {task.hub[0]} "
                         f"({type(e).__name__}: {e})") from e

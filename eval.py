@@ -48,7 +48,8 @@ class Config:
     dataset: str | None = key(None, "val.bin to evaluate --model on, in GPT-2's tokens")
     every: bool = key(False, "all checkpoints of a run (train.py --keep_checkpoints)")
     compare: bool = key(False, "only learning curves, and the cost of the first run's final loss")
-    plot: str | None = key(None, "picture to draw, .png, .svg or .pdf (no suffix: .png and .svg)")
+    plot: str | None = key(None, "picture to draw, .png, .svg or .pdf; no suffix: .png and .svg "
+                           "(--compare: out/compare)")
     steering: bool = key(False, "steer: how often typical next tokens appear, and the perplexity")
     steered: int = key(32, "concepts to steer, those that the run predicts most", low=1)
     write: str | None = key(None, "append the rows to this .jsonl file")
@@ -153,7 +154,7 @@ def main_evaluate(cfg, runs, device):
             append(path.with_name("eval.jsonl"), rows[-1] | about)
     if cfg.model:
         model, tokenizer = load_gpt(cfg.model, device)
-        assert tokenizer == "gpt2", f"model={cfg.model!r} is a run of ours, not GPT-2; leave it out"
+        assert tokenizer == "gpt2", f"model={cfg.model!r} is a run of ours: leave --model= out"
         content = dict(model_config=asdict(model.config), tokenizer="gpt2", tokenizer_hash="gpt2",
                        train_config=dict(method="gpt2", dataset=cfg.dataset))
         rows.append(evaluate_checkpoint(cfg.model, content, model, tasks("gpt2"), device, cfg))

@@ -15,7 +15,7 @@ from support.tokens import Batches, tokens_of_run
 TEMPLATE = Path(__file__).with_name("report.html")
 
 def check_arguments(cfg, rest, argv, label_keys):
-    """UserError if arguments of concepts.py contradict each other."""
+    """Refuse arguments of concepts.py that contradict each other."""
     picture_path(cfg.plot)
     assert cfg.weights or not cfg.plot, "--plot draws what --weights prints: give both"
     assert not (cfg.write_labels and rest), (
@@ -25,15 +25,15 @@ def check_arguments(cfg, rest, argv, label_keys):
     if changed and not (cfg.write_labels or cfg.download):
         given = [arg for arg in argv if arg.endswith(".py") and not arg.startswith("-")]
         given.append(f"--{changed[0]}")
-        raise UserError(f"{given[0]} is for --write_labels; a run's concepts are read with its own "
-                        "settings")
+        raise UserError(f"{given[0]} is for --write_labels; a run is read with its own settings")
 
 def check_run(content, weights):
-    """UserError unless a checkpoint's run has concepts (weights: and a compress matrix)."""
-    insert, mix = content["model_config"]["insert"], content["model_config"]["mix"]
-    method = content["train_config"]["method"]
-    assert insert == "concept", f"a run of method={method!r} has no concepts; name a cocomix run"
-    assert mix != "none" or not weights, "a run with mix='none' has no compress matrix"
+    """Refuse a checkpoint whose run has no concepts (weights: or no compress matrix)."""
+    model, method = content["model_config"], content["train_config"]["method"]
+    assert model["insert"] == "concept", (
+        f"a run of method={method!r} has no concepts; name a cocomix run")
+    assert model["mix"] != "none" or not weights, (
+        "mix='none' has no compress matrix; name a cocomix run with another mix")
 
 def show_index(path, content, model, tokenizer, index, cfg, concept_model):
     """Print the cfg.top concepts that match the words cfg.find best; without words the most used
@@ -50,7 +50,7 @@ def show_index(path, content, model, tokenizer, index, cfg, concept_model):
     print(f"\nreport: {report}")
 
 def print_table(index, entries):
-    labelled, predicted = (index.labelled > 0).sum(), (index.predicted > 0).sum()
+    labelled, predicted = index.labelled.count_nonzero(), index.predicted.count_nonzero()
     print(f"in {index.tokens:,} training tokens, {labelled:,} of {len(index.labelled):,} concepts "
           f"occur as labels and {predicted:,} are predicted\n")
     print(f"{'concept':>8} {'label at':>9} {'predicted':>9} {'‖W‖':>6}  "

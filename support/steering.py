@@ -40,7 +40,7 @@ def steering(models, index, val, device, n_concepts):
     A factor's strength depends on the model: compare next_tokens at equal perplexity, which does
     not fully reveal tokens that are merely pasted in.
     """
-    chosen, rows = choose_concepts(index, n_concepts), []
+    chosen, C, rows = choose_concepts(index, n_concepts), len(index.predicted), []
     block_size = min(model.config.block_size for model in models.values())
     for name, model in models.items():
         blocks = Batches(val, block_size, 1, model.config.vocab_size, shift=False)
@@ -49,8 +49,7 @@ def steering(models, index, val, device, n_concepts):
         held_out = [[t.to(device) for t in blocks[i]] for i in range(min(n_loss, blocks.blocks))]
         with progress(len(chosen), f"steer {name}", "concept", leave=False) as bar:
             for concept in chosen:
-                variants = [{concept: factor} for factor in FACTORS]
-                scale = scales(variants, len(index.predicted), device)
+                scale = scales([{concept: factor} for factor in FACTORS], C, device)
                 random = torch.Generator(device).manual_seed(concept)
                 texts = generate(model, prompts, NEW_TOKENS, scale=scale, generator=random)
                 typical = index.next_tokens[concept, :NAME].to(device)

@@ -159,7 +159,7 @@ def evaluate_all(cfg, paths, device):
     if cfg.model is not None:
         model, tokenizer = load_gpt(cfg.model, device)
         if tokenizer != "gpt2":
-            raise UserError(f"model={cfg.model!r} is a run of ours, not GPT-2: leave --model= out")
+            raise UserError(f"model={cfg.model!r}: a run of ours, or not with GPT-2's tokens")
         content = dict(model_config=asdict(model.config), tokenizer="gpt2", tokenizer_hash="gpt2",
                        train_config=dict(method="gpt2", dataset=cfg.dataset))
         rows.append(evaluate_checkpoint(cfg.model, content, model, [], tasks("gpt2"), device, cfg))

@@ -90,9 +90,9 @@ def read_gpt2(path):
         wte = next(t for name, t in content.items() if name.endswith("wte.weight"))
         block_size, (vocab_size, d) = len(state["wpe.weight"]), wte.shape
         n_layer = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("h."))
-        if len(state) != 4 + 12 * n_layer or config is None and d % 64:
+        if len(state) != 4 + 12 * n_layer or (config is None and d % 64):
             raise ValueError(f"{len(state)} tensors for {n_layer} blocks of width {d}")
-        if not all(t.is_floating_point() and t.isfinite().all() for t in state.values()):
+        if not all(t.is_floating_point() and t.float().sum().isfinite() for t in state.values()):
             raise ValueError("integers, or numbers that are not finite")
         tied = config is None or config.get("tie_word_embeddings", True)
         head = content.get("lm_head.weight", wte if tied else None)

@@ -1,4 +1,5 @@
 """Checkpoints: complete or not written at all, read as tensors and plain values only."""
+import json
 import os
 import warnings
 import zipfile
@@ -15,7 +16,6 @@ from support.files import atomic_write, fingerprint
 RUN = ("model_config", "model", "train_config", "tokenizer", "tokenizer_hash")
 TYPES = dict(tokenizer=str, tokenizer_hash=str, step=int, seconds=float, val_loss=float,
              best_val_loss=float)
-
 def save_checkpoint(path, **content):
     with atomic_write(path) as file:
         torch.save(content, file)
@@ -51,6 +51,18 @@ def read_tensors(path, what):
     except Exception as e:  # torch and pickle raise many kinds
         raise UserError(f"{path} can't be read as {what} ({type(e).__name__}): cut short, damaged, "
                         "or of another kind") from e
+
+def read_safetensors(path, what):
+    """Load a .safetensors file: its header's length, its header in JSON, the tensors' bytes."""
+    dtypes = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,
+                  BOOL=torch.bool, U8=torch.uint8)
+    size = os.path.getsize(path)
+    with explain(f"{path} can't be read as {what}", "copy it again", Exception):
+        data = torch.from_file(str(path), size=size, dtype=torch.uint8)
+        start = 8 + int(data[:8].view(torch.int64))
+        header = json.loads(bytes(data[8:start].tolist()))
+        return {name: data[start:][slice(*t["data_offsets"])].clone().view(dtypes[t["dtype"]])
+                .view(t["shape"]) for name, t in header.items() if name != "__metadata__"}
 
 def load_checkpoint(run=None, needs=("model_config", "model")):
     """A checkpoint as a dict that holds `needs`. UserError: missing, damaged, of another kind."""

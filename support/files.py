@@ -1,10 +1,11 @@
-"""Files that are written completely or not at all, short hashes, and seeds."""
+"""Files that are written completely or not at all, JSON files, short hashes, and seeds."""
 import hashlib
+import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from support.runtime import UserError
+from support.runtime import UserError, explain
 
 import numpy as np
 
@@ -33,6 +34,11 @@ def atomic_write(path):
                         "before is kept; free some space or choose another folder") from e
     finally:
         tmp.unlink(missing_ok=True)
+
+def read_json(path, remedy="copy it again"):
+    """The content of a JSON file, a dict."""
+    with explain(f"{path} is damaged", remedy):
+        return dict(**json.loads(path.read_text(encoding="utf-8")))
 
 def fingerprint(*parts):
     """A short hash of byte strings."""

@@ -2,7 +2,6 @@
 import base64
 import hashlib
 import http.client
-import json
 import logging
 import os
 import urllib.request
@@ -13,9 +12,18 @@ from support.runtime import RANK, UserError, explain
 import torch
 import torch.nn.functional as F
 
-from support.checkpoint import load_checkpoint, model_hash, read_tensors
+from support.checkpoint import load_checkpoint, model_hash, read_safetensors, read_tensors
+from support.files import read_json
+from support.tokens import hub_tokenizer
 
-GPT2 = "openai-community/gpt2", "pytorch_model.bin"
+HUB = {f"gpt2{size}": f"openai-community/gpt2{size}" for size in ("", "-medium", "-large", "-xl")}
+HUB["distilgpt2"] = "distilbert/distilgpt2"
+FILES = "model.safetensors", "pytorch_model.bin"  # of a folder in the hub's layout, best first
+# What config.json may say. The hub's library assumes the first value where a key is missing.
+COMPUTED = dict(
+    model_type=("gpt2",), activation_function=("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
+    layer_norm_epsilon=(1e-5,), scale_attn_weights=(True,), add_cross_attention=(False,),
+    scale_attn_by_inverse_layer_idx=(False,), quantization_config=(None,), auto_map=(None,))
 SAE_URL = ("https://openaipublic.blob.core.windows.net/sparse-autoencoder/gpt2-small/"
            "resid_post_mlp_v5_{size}/autoencoders/{layer}.pt")
 SIZES = {"openai": ("32k", 32768), "openai_128k": ("128k", 131072)}  # in the URL; n_concepts
@@ -33,50 +41,75 @@ def download(sae, layer):
 
 def read_model(name):
     """model_config, model and tokenizer_hash of a run of ours or of GPT-2 (see find_weights)."""
-    weights = find_weights(name)
+    weights, path = find_weights(name), Path(name)
     if weights is None:
+        if not path.is_file() and not list(path.glob("*ckpt.pt")):
+            raise UserError(f"no checkpoint at {path} and no {' or '.join(FILES)}; train it first: "
+                            "python train.py config/…, or name a folder of GPT-2 weights, or one "
+                            f"of {', '.join(HUB)} to download")
         return load_checkpoint(name, ("model_config", "model", "tokenizer_hash"))
     settings, state = read_gpt2(weights)
-    return dict(model_config=settings, model=state, tokenizer_hash="gpt2")
+    if path.exists() and not weights.with_name("config.json").is_file():
+        print(f"{weights}: no config.json next to it; assuming GPT-2's, heads of 64 features")
+    tokenizer = hub_tokenizer(weights.parent, settings["vocab_size"])
+    return dict(model_config=settings, model=state, tokenizer_hash=tokenizer)
 
 def find_weights(name):
-    """The file of GPT-2 weights: "gpt2" (124M, from the hub), a folder or a file. None: `name` is
-    something else, a run of ours."""
-    path = Path(name)
-    if name == "gpt2" and not path.exists():
-        return fetch_gpt2()
-    if name.startswith("gpt2-") and not path.exists():
-        raise UserError(f"{name!r}: only gpt2 is fetched by name; download the files of "
-                        f"openai-community/{name} and name their folder")
-    for file in (path / "pytorch_model.bin", path / "model.safetensors"):
+    """The file of GPT-2 weights or the index of its shards. name: one of HUB or its full name on
+    the hub, a folder or a file. None: something else, a run of ours."""
+    path, repo = Path(name), HUB.get(name, name)
+    if repo in HUB.values() and not path.exists():
+        return fetch_gpt2(repo)
+    for file in (path / f"{name}{end}" for name in FILES for end in ("", ".index.json")):
         if file.is_file():
             return file
-    return path if path.suffix in (".bin", ".safetensors") else None
+    return path if path.name.endswith((".bin", ".safetensors", ".index.json")) else None
 
-def fetch_gpt2():
-    """The path of GPT-2 124M's weights in the hub's cache, downloaded if necessary."""
-    remedy = (f"{ONLINE}, or copy its pytorch_model.bin here and name the folder: "
+def fetch_gpt2(repo=HUB["gpt2"]):
+    """The path of a GPT-2's weights in the hub's cache, downloaded if necessary."""
+    remedy = (f"copy its {FILES[0]} and config.json ({repo}) here and name the folder: "
               "--concept_model=FOLDER (eval.py: --model=FOLDER)")
+    if repo == HUB["gpt2"]:
+        remedy = f"{ONLINE}, or {remedy}"
     with explain("GPT-2 can't be fetched", remedy, Exception):
         import huggingface_hub as hub
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # do not print its retries
-        if isinstance(cached := hub.try_to_load_from_cache(*GPT2), str):
-            return Path(cached)
-        hub.get_hf_file_metadata(hub.hf_hub_url(*GPT2))  # fails at once without a network
-        return Path(hub.hf_hub_download(*GPT2))
+        for file in FILES:
+            if isinstance(cached := hub.try_to_load_from_cache(repo, file), str):
+                return Path(cached)
+        hub.get_hf_file_metadata(hub.hf_hub_url(repo, FILES[0]))  # fails at once without a network
+        return Path(hub.hf_hub_download(repo, FILES[0]))
 
 def read_gpt2(path):
-    """(settings for ModelConfig, state dict of a GPT) from a file of GPT-2 weights of any size."""
-    content = _read_weights(path)
-    with explain(f"{path}: not GPT-2's weights", "name another file"):
+    """(settings for ModelConfig, state dict of a GPT) from GPT-2 weights of any size and the
+    config.json next to them. UserError: not GPT-2's, or our GPT computes something else."""
+    content, file = _read_weights(path), path.with_name("config.json")
+    config = read_json(file) if file.is_file() else None
+    with explain(f"{path}: not GPT-2's weights", "name another file", Exception):
         state = gpt2_state(content)
-        vocab_size, d = next(t.shape for n, t in content.items() if n.endswith("wte.weight"))
-        n_layer = 1 + max(int(n.split(".")[1]) for n in state if n.startswith("h."))
-        block_size = len(state["wpe.weight"])
-        if d % 64 or len(state) != 4 + 12 * n_layer:
+        wte = next(t for name, t in content.items() if name.endswith("wte.weight"))
+        block_size, (vocab_size, d) = len(state["wpe.weight"]), wte.shape
+        n_layer = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("h."))
+        if len(state) != 4 + 12 * n_layer or (config is None and d % 64):
             raise ValueError(f"{len(state)} tensors for {n_layer} blocks of width {d}")
-    return dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=d // 64,
-                n_embd=d), state  # GPT-2's heads have 64 features at every size
+        if not all(t.is_floating_point() and t.float().sum().isfinite() for t in state.values()):
+            raise ValueError("integers, or numbers that are not finite")
+        tied = config is None or config.get("tie_word_embeddings", True)
+        head = content.get("lm_head.weight", wte if tied else None)
+        if head is None or not torch.equal(head.float(), wte.float()):
+            raise ValueError("lm_head.weight is not the token embedding, but our GPT's head is")
+    settings = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_embd=d)
+    if config is None:
+        return settings | dict(n_head=d // 64), state  # as in all that OpenAI published
+    n_head = config.setdefault("n_head", config.get("num_attention_heads", 12))
+    possible = COMPUTED | dict(
+        vocab_size=[vocab_size], n_positions=[block_size], n_layer=[n_layer], n_embd=[d],
+        n_inner=[None, 4 * d], n_head=[n for n in range(1, d + 1) if d % n == 0])
+    for name, values in possible.items():
+        if config.get(name, values[0]) not in values:
+            raise UserError(f"{file}: {name}={config[name]!r}, but our GPT with these weights can "
+                            f"only have {' or '.join(map(repr, values))}")
+    return settings | dict(n_head=n_head), state
 
 def gpt2_state(content):
     """GPT-2's state dict → ours: no prefix, Conv1D weights (in, out) transposed, no mask buffers
@@ -93,12 +126,13 @@ def gpt2_state(content):
     return state
 
 def _read_weights(path):
-    if path.suffix != ".safetensors":
-        return read_tensors(path, "weights")
-    remedy = "is it complete, and safetensors installed? (pip install safetensors)"
-    with explain(f"{path} can't be read as weights", remedy, Exception):
-        from safetensors.torch import load_file
-        return load_file(path)
+    """The tensors of a file, or of the shards that an index names."""
+    if path.name.endswith(".index.json"):
+        with explain(f"{path} is not an index of weights", "copy it again"):
+            files = sorted(set(read_json(path)["weight_map"].values()))
+            return {k: t for f in files for k, t in _read_weights(path.with_name(f)).items()}
+    read = read_safetensors if path.suffix == ".safetensors" else read_tensors
+    return read(path, "weights")
 
 # --------------------------------------------------------------------------------------------------
 # Sparse autoencoders, in the layout of openai/sparse_autoencoder
@@ -119,12 +153,13 @@ def find_sae(name, layer):
 def read_info(path):
     """The sae.json next to an SAE of ours; {} where there is none (a published file)."""
     path = Path(path).with_suffix(".json")
-    with explain(f"{path} is damaged", "train the SAE again"):
-        return dict(**json.loads(path.read_text())) if path.is_file() else {}
+    return read_json(path, "train the SAE again") if path.is_file() else {}
 
 def load_sae(name, layer, d, gpt):
     """(state dict, k) of an SAE for hidden states of width d after block `layer` of gpt (or None).
     UserError: missing, damaged, of another width or layer, trained on another model."""
+    if name in SIZES and gpt is not None and (gpt.config.n_layer, gpt.config.n_embd) != (12, 768):
+        raise UserError(f"sae={name!r} is GPT-2 124M's; train one for this model with sae.py")
     path = find_sae(name, layer)
     info = {} if name in SIZES else read_info(path)
     trained_on, at = info.get("concept_model_hash"), info.get("concept_layer", layer)

@@ -9,20 +9,19 @@ The token files are memory-mapped, so opening billions of tokens is instant. Ran
 are slices of the global batch, so a run can resume with a different number of processes.
 """
 import base64
-import json
 import mmap
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
-from support.runtime import UserError
+from support.runtime import UserError, explain
 
 import numpy as np
 import tiktoken
 import torch
 
-from support.files import fingerprint
+from support.files import fingerprint, read_json
 
 ROOT = Path(__file__).resolve().parents[1] / "data"
 END_OF_TEXT = "<|endoftext|>"
@@ -32,6 +31,7 @@ END_OF_TEXT = "<|endoftext|>"
 SPLIT_PATTERN = (r" ?\p{L}{1,200}| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,200}"
                  r"|\s{1,200}(?!\S)|\s{1,200}")
 META = dict(tokenizer=str, tokenizer_hash=str, vocab_size=int, train_tokens=int, val_tokens=int)
+GPT2 = "7b12e086f7e6c80e"  # fingerprint of GPT-2's first 50256 tokens in the hub's spelling
 TRAIN_ONE = "train one with data/text/prepare.py --tokenizer=bpe:4096"
 
 def load_tokenizer(name):
@@ -61,6 +61,18 @@ def tokenizer_hash(name, tokenizer):
     ranks = tokenizer._mergeable_ranks
     return name if name == "gpt2" else fingerprint(*sorted(ranks, key=ranks.get))
 
+def hub_tokenizer(folder, vocab_size):
+    """tokenizer_hash of a model in the hub's layout: "gpt2", or that it is another one."""
+    same = vocab_size == 50257
+    for file in (folder / "tokenizer.json", folder / "vocab.json"):
+        if same and file.is_file():
+            content = read_json(file)
+            with explain(f"{file} is not a tokenizer's", "copy it again"):
+                ids = dict(content["model"]["vocab"] if file.stem == "tokenizer" else content)
+                tokens = sorted(ids, key=ids.get)[:50256]
+                same = fingerprint(*(token.encode() for token in tokens)) == GPT2
+    return "gpt2" if same else f"unknown, {vocab_size} tokens"
+
 def dataset_dir(dataset):
     """The folder of a prepared dataset, given a name under data/ or a path."""
     folder = ROOT / dataset if (ROOT / dataset).is_dir() else Path(dataset)
@@ -74,14 +86,12 @@ def dataset_dir(dataset):
 def load_meta(dataset):
     """meta.json of a dataset as a dict."""
     path = dataset_dir(dataset) / "meta.json"
-    try:
-        meta = json.loads(path.read_text())
+    meta = read_json(path, "prepare the dataset again")
+    with explain(f"{path} is damaged", "prepare the dataset again"):
         for name, kind in META.items():
             if type(meta[name]) is not kind:
                 raise TypeError(f"{name}={meta[name]!r}")
-        return meta
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is damaged ({e!r}); prepare the dataset again") from e
+    return meta
 
 def mapped(path, dtype, offset=0):
     """A memory-mapped flat array of a file's content from byte `offset`, for random access."""

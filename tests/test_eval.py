@@ -148,10 +148,11 @@ def save_gpt2(model, folder):
     conv = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
     state = {name: t.T.contiguous() if name.endswith(conv) else t
              for name, t in model.state_dict().items()}
+    state["wte.weight"] = state["wte.weight"][:model.config.vocab_size].clone()
     torch.save(state, folder / "pytorch_model.bin")
 
 def test_gpt2_is_evaluated_from_a_folder_of_its_weights(tmp_path, folder, monkeypatch):
-    model = tiny_gpt(torch.float32, n_embd=64, n_head=1, vocab_size=4096, block_size=64)
+    model = tiny_gpt(torch.float32, n_embd=64, n_head=1, vocab_size=50257, block_size=64)
     save_gpt2(model, tmp_path)
     tokenizer = load_tokenizer("stdlib")  # GPT-2's may not be on this machine
     monkeypatch.setattr(evaluation, "load_tokenizer", lambda name: tokenizer)
@@ -219,7 +220,7 @@ def test_one_line_says_what_is_wrong(case, chain, tmp_path):
     (tmp_path / "winogrande.jsonl").write_text('{"goal": "a"}\n')
     (tmp_path / "wikitext.jsonl").write_text("")
     (tmp_path / "gpt2").mkdir()
-    save_gpt2(tiny_gpt(torch.float32, n_embd=64, n_head=1), tmp_path / "gpt2")
+    save_gpt2(tiny_gpt(torch.float32, n_embd=64, n_head=1, vocab_size=50257), tmp_path / "gpt2")
     arguments, *needed = BAD[case]
     argv = arguments.format(ntp=chain["ntp"], bad=tmp_path, gpt2=tmp_path / "gpt2").split()
     status, _, err = run(evaluation.main, *argv, "--device=cpu")

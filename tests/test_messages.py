@@ -181,7 +181,7 @@ TRAIN = {  # what is wrong: (arguments, what the line must say)
     "a loss that overflows":
         ("{data} --learning_rate=1e30 --grad_clip=0", "not finite", "learning_rate below"),
     "a GPT-2 that is not fetched by name":
-        ("{data} --method=cocomix --concept_model=gpt2-xl", "only gpt2 is fetched"),
+        ("{data} --method=cocomix --concept_model=gpt2-xxl", "no checkpoint at", "gpt2-xl"),
     "a seed too large": ("--seed=99999999999999999999", "seed=", "4294967295"),
     "meta.json that is a list":
         ("--dataset={bad}/list", "meta.json is damaged", "prepare the dataset again"),

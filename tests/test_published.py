@@ -247,11 +247,12 @@ def test_gpt2_124m_loads_from_every_kind_of_file(tmp_path, kind):
 
 def test_where_the_weights_of_a_name_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(published, "fetch_gpt2", lambda: Path("fetched.bin"))
-    assert find_weights("gpt2") == Path("fetched.bin") and find_weights("out/run") is None
+    monkeypatch.setattr(published, "fetch_gpt2", lambda repo: Path(f"{repo}.bin"))
+    assert find_weights("gpt2") == Path("openai-community/gpt2.bin")
+    assert find_weights("openai-community/gpt2-xl") == Path("openai-community/gpt2-xl.bin")
+    assert find_weights("distilgpt2") == Path("distilbert/distilgpt2.bin")
+    assert find_weights("out/run") is None and find_weights("gpt2-chinese") is None
     assert find_weights("gpt2_run") is None and find_weights("a.bin") == Path("a.bin")
-    with pytest.raises(UserError, match="'gpt2-xl': only gpt2 is fetched by name"):
-        find_weights("gpt2-xl")
     (tmp_path / "gpt2").mkdir()
     assert find_weights("gpt2") is None
     (tmp_path / "gpt2/model.safetensors").touch()

@@ -1,4 +1,5 @@
-"""Files that are written completely or not at all, short hashes, and seeds."""
+"""Files that are written completely or not at all, locked folders, short hashes, and seeds."""
+import fcntl
 import hashlib
 import os
 from contextlib import contextmanager
@@ -47,6 +48,24 @@ def _rename(tmp, path):
 def _failed(path, error):
     return UserError(f"{path} can't be written ({error.strerror or error}); what was there before "
                      "is kept; free some space or choose another folder")
+
+def lock_folder(folder, doing, key):
+    """Create a folder and lock it. Returns a file descriptor: closing it releases the lock, and so
+    does the end of the process. UserError: can't be made, or another process has locked it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{folder} can't be made ({e.strerror}); choose another --{key}") from e
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        os.close(lock)
+        raise UserError(f"another process is {doing} in {folder}: wait until it ends, or choose "
+                        f"another --{key}") from e
+    except OSError:
+        pass  # a file system without locks
+    return lock
 
 def fingerprint(*parts):
     """A short hash of byte strings."""

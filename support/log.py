@@ -1,5 +1,4 @@
 """log.jsonl of a run, and the warning about loss spikes."""
-import fcntl
 import json
 import math
 import os
@@ -10,6 +9,8 @@ from pathlib import Path
 from support.runtime import RANK, UserError
 
 from tqdm import tqdm
+
+from support.files import lock_folder
 
 class Log:
     """log.jsonl: one JSON object per line, each with its step. Only process 0 writes it.
@@ -23,7 +24,8 @@ class Log:
         self.path, self.also, self.empty, self._pending = Path(path), also, False, None
         if RANK:
             return
-        self._lock()
+        lock = lock_folder(self.path.parent, "training", "out_dir")
+        weakref.finalize(self, os.close, lock)
         kept = []
         if step and self.path.is_file():
             kept = [line for line in read_log(self.path) if line.get("step", math.inf) <= step]
@@ -31,23 +33,6 @@ class Log:
         self._pending = [self._text(line) for line in kept]
         if step:
             self.begin()
-
-    def _lock(self):
-        folder = self.path.parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(f"{folder} can't be made ({e.strerror}); choose another --out_dir"
-                            ) from e
-        lock = os.open(folder, os.O_RDONLY)
-        weakref.finalize(self, os.close, lock)  # the system releases it, too, if the process dies
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise UserError(f"another process is training in {folder}: wait until it ends, "
-                            "or choose another --out_dir") from e
-        except OSError:
-            pass  # a file system without locks
 
     @staticmethod
     def _text(values):

@@ -39,7 +39,7 @@ def steering(models, index, val, device, n_concepts):
     chosen, rows = choose_concepts(index, n_concepts), []
     block_size = min(model.config.block_size for model in models.values())
     for name, model in models.items():
-        blocks = Batches(val, block_size, 1, model.config.vocab_size, shift=False)
+        blocks = Batches(val, block_size, 1, model.config.vocab_size, shift=False, split="val")
         n_prompts = min(PROMPTS, blocks.blocks)
         prompts = torch.cat([blocks[i][0][:, :PROMPT_TOKENS] for i in range(n_prompts)]).to(device)
         states = lower_states(model, blocks, device)

@@ -19,7 +19,7 @@ from support.runtime import run
 from support.bpe import save_bpe, train_bpe
 from support.cli import key, parse
 from support.files import fingerprint
-from support.prepare import already_prepared, write_dataset
+from support.prepare import already_prepared, locked, write_dataset
 from support.tokens import load_tokenizer, tokenizer_hash
 
 HERE = Path(__file__).resolve().parent
@@ -62,8 +62,9 @@ def main(argv):
     if not cfg.force and already_prepared(cfg.out, wanted, replace=True):
         return
     source = f"the standard library of Python {platform.python_version()}"
-    write_dataset(cfg.out, splits, "stdlib", tokenizer, source=source, source_hash=digest,
-                  train_files=len(splits["train"]), val_files=len(splits["val"]))
+    with locked(cfg.out):
+        write_dataset(cfg.out, splits, "stdlib", tokenizer, source=source, source_hash=digest,
+                      train_files=len(splits["train"]), val_files=len(splits["val"]))
 
 if __name__ == "__main__":
     run(main)

@@ -94,8 +94,8 @@ def encode(file, part, tokenizer, bar):
     def documents():
         for row, text in enumerate(texts()):
             if not isinstance(text, str):
-                raise UserError(f"{file.url}, row {row} (the first is 0): text={reprlib.repr(text)} "
-                                "is no text; remove this row, or set --num_docs to use only "
+                raise UserError(f"{file.url}, row {row} (the first is 0): {reprlib.repr(text)} is "
+                                "not text; remove this row, or set --num_docs to use only the "
                                 "documents before it")
             yield text, True
             bar.update()

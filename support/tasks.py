@@ -122,8 +122,8 @@ def documents(name, folder, limit):
         raise UserError(f"no {name}.jsonl or {name}.jsonl.gz in {folder}: expected {expected}; or "
                         "choose other tasks: --tasks=NAMES")
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
-            lines = filter(str.strip, file)
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
+            lines = filter(str.strip, f)
             found = [json.loads(line) for line in itertools.islice(lines, limit)]
     except (ValueError, EOFError, gzip.BadGzipFile) as e:
         raise UserError(f"{path} is cut short or damaged ({type(e).__name__}): expected "

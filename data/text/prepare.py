@@ -31,7 +31,7 @@ from support.files import fingerprint
 from support.prepare import PIECE, already_prepared, cut, locked, write_dataset
 from support.tokens import load_tokenizer
 
-LONG_LINE = 1 << 20  # characters; the text of a longer line is read in pieces
+LONG_LINE = 1 << 16  # characters; the text of a longer line is read in pieces
 # what comes before the text of a long line: numbers and short strings. Other lines are read whole.
 BEFORE_TEXT = re.compile(r'\s*{(\s*"[^"\\]*"\s*:\s*("[^"\\]*"|[\w.+-]+)\s*,)*?\s*"text"\s*:\s*"')
 ESCAPES = re.compile(r"([^\\]+|\\u.{4}|\\[^u])*", re.DOTALL)  # no part of one at the end
@@ -45,9 +45,10 @@ class Config:
     bpe_chars: int = key(16_000_000, "characters on which bpe:SIZE is trained", low=1000)
     force: bool = key(False, "overwrite an existing dataset")
 
-def long_text(rest, file):
+def long_text(before, rest, file):
     """The text of a line of .jsonl in pieces, (text, whether it ends there), never held in memory
-    as a whole. `rest` is its start, still escaped; the file has what follows."""
+    as a whole. The line is `before`, its text from `rest` on, still escaped, then what follows in
+    the file."""
     while True:
         done = ESCAPES.match(rest).end()
         text, end = scanstring(rest[:done] + '"', 0)
@@ -60,18 +61,16 @@ def long_text(rest, file):
         assert more, "the file ends inside the text"
         rest = rest[done:] + more
     yield text, True
-    rest = rest[end:]
-    if not rest.endswith("\n"):
-        rest += file.readline()
-    json.loads('{"text": ""' + rest)  # the other fields
+    others = before + rest[end - 1:]  # the line without its text
+    json.loads(others if others.endswith("\n") else others + file.readline())
 
 def jsonl_texts(file, path):
     for number, line in enumerate(iter(partial(file.readline, LONG_LINE), ""), 1):
         try:
-            if len(line) == LONG_LINE and (before := BEFORE_TEXT.match(line)):
-                yield from long_text(line[before.end():], file)
-                continue
             if len(line) == LONG_LINE and not line.endswith("\n"):
+                if before := BEFORE_TEXT.match(line):
+                    yield from long_text(before[0], line[before.end():], file)
+                    continue
                 line += file.readline()
             if line.strip():
                 text = json.loads(line)["text"]

@@ -148,13 +148,12 @@ def main(argv):
                         "is held out")
     asked = dict(input=names_and_sizes(cfg.input), val=names_and_sizes(cfg.val),
                  tokenizer=cfg.tokenizer, bpe_chars=cfg.bpe_chars)
-    if not cfg.force and already_prepared(cfg.out, dict(asked=asked)):
-        return
     splits = dict(train=stream(cfg.input), val=stream(cfg.val))
     if not cfg.val:
         splits = dict(train=stream(cfg.input, False), val=stream(cfg.input, True))
     with locked(cfg.out):
-        write_dataset(cfg.out, splits, *get_tokenizer(cfg), asked=asked)
+        if cfg.force or not already_prepared(cfg.out, dict(asked=asked)):
+            write_dataset(cfg.out, splits, *get_tokenizer(cfg), asked=asked)
 
 if __name__ == "__main__":
     run(main)

@@ -11,7 +11,6 @@ import reprlib
 import shutil
 import sys
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +49,7 @@ def parquet_files(source, num_docs):
         import fsspec
         import pyarrow.parquet
         fs, root = fsspec.core.url_to_fs(source)
-        paths = sorted(path for path in fs.find(root) if fnmatch(path, "*/train-*.parquet"))
+        paths = sorted(path for path in fs.find(root) if Path(path).match("train-*.parquet"))
         with progress(len(paths), "list", "file", leave=False) as bar:
             for path in paths:
                 with fs.open(path, block_size=1 << 16) as file:

@@ -44,14 +44,13 @@ class Config:
     official: bool = key(False, "also perplexity as the official code computes it")
     tasks: str = key("auto", "all, none or names: piqa,arc_easy; auto: all with eval_data or for a "
                      "run in GPT-2's tokens, else none", bare="all", follows=r"[a-z_,]+$")
-    eval_data: str | None = key(None, "folder with the tasks' documents, NAME.jsonl or "
-                                "NAME.jsonl.gz, fields as on the hub (none: download them)")
+    eval_data: str | None = key(None, "folder of the tasks' documents, NAME.jsonl[.gz], fields as "
+                                "on the hub (none: download them)")
     limit: int | None = key(None, "first documents of each task to use (none: all)", low=1)
     model: str | None = key(None, "also evaluate gpt2 (downloaded), or a folder of its weights")
     dataset: str | None = key(None, "val.bin to evaluate --model on, in GPT-2's tokens")
     every: bool = key(False, "all checkpoints of a run (train.py --keep_checkpoints)")
-    compare: bool = key(False, "only val loss during training, and what reaching the first run's "
-                        "final loss costs the others, from the logs")
+    compare: bool = key(False, "only learning curves, and the cost of the first run's final loss")
     plot: str | None = key(None, "draw val loss into this .png, .svg or .pdf; no suffix: .png and "
                            ".svg (--compare: out/compare)")
     steering: bool = key(False, "steer: how often typical next tokens appear, and the perplexity")
@@ -62,11 +61,9 @@ class Config:
 @torch.no_grad()
 def evaluate(content, model, device, tokens=None, batch_size=16):
     """The validation part of a row; label_concepts: how many different concepts are labels."""
-    concept_model = concepts.concept_model_of_run(content, device)
-    c, end = model.config, None if tokens is None else tokens + 1
-    val = tokens_of_run(content, "val")[:end]
-    loss, concept_loss, hits, count = 0.0, 0.0, 0.0, 0
-    labelled = torch.zeros(c.n_concepts, dtype=torch.long, device=device)
+    concept_model, c = concepts.concept_model_of_run(content, device), model.config
+    val = tokens_of_run(content, "val")[:tokens and tokens + 1]
+    loss, concept_loss, hits, count, labelled = 0.0, 0.0, 0.0, 0, 0
     with progress(len(val) - 1, "evaluate", "tok", unit_scale=True, leave=False) as bar:
         for x, y in sequential(val, c.block_size, batch_size, c.vocab_size):
             x, y = x.to(device), y.to(device)
@@ -94,8 +91,7 @@ def evaluate(content, model, device, tokens=None, batch_size=16):
 def official_perplexity(content, model, device, tokens=None, batch_size=16):
     """As the official code computes it: block_size - 1 targets per block, the remainder dropped."""
     size, val = model.config.block_size, tokens_of_run(content, "val")[:tokens]
-    if len(val) < size:
-        raise UserError(f"official: val has {len(val)} tokens, less than one block of {size}")
+    assert len(val) >= size, f"official: val has {len(val)} tokens, less than one block of {size}"
     blocks = torch.from_numpy(val[:len(val) // size * size].astype("int64")).view(-1, size)
     loss = 0.0
     for rows in blocks.to(device).split(batch_size):
@@ -115,22 +111,21 @@ def evaluate_checkpoint(name, content, model, log, tasks, device, cfg):
     if "step" in content:
         tokens = content["step"] * trained["batch_size"] * trained["block_size"]
         row |= dict(step=content["step"], tokens=tokens)
+    if trained["dataset"] is None and not tasks:
+        raise UserError(f"nothing to evaluate {name} on: add --dataset=NAME, in GPT-2's tokens, or "
+                        "--eval_data=DIR with the tasks' documents")
     if trained["dataset"] is not None:
         size = cfg.tokens, cfg.batch_size
         row |= evaluate(content, model, device, *size)
         if cfg.official:
             row["official_perplexity"] = official_perplexity(content, model, device, *size)
-    elif not tasks:
-        raise UserError(f"nothing to evaluate {name} on: add --dataset=NAME, with val.bin in "
-                        "GPT-2's tokens, or --eval_data=DIR with the tasks' documents")
     if tasks:
         tokenizer = load_tokenizer(content["tokenizer"])
         for task, documents in tasks.items():
             row |= run_task(task, documents, model, tokenizer, cfg.batch_size)
         row |= curves.averages(row)
         after = f" after {row['tokens']:,} tokens" if "tokens" in row else ""
-        print(f"{name}{after}, on {device}:")
-        print(f"{curves.table(details(row, tasks), DETAILS)}\n")
+        print(f"{name}{after}, on {device}:\n{curves.table(details(row, tasks), DETAILS)}\n")
     return row
 
 def append(path, *rows):
@@ -141,33 +136,26 @@ def append(path, *rows):
             row = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
             file.write(json.dumps(row) + "\n")
 
-def checkpoints_of(path, every):
-    """A run's checkpoint, or all that train.py --keep_checkpoints kept."""
-    if not every:
-        return [path]
-    kept = sorted(path.parent.glob("step_*.pt"), key=lambda path: int(path.stem[5:]))
-    if not kept:
-        raise UserError(f"{path.parent} has its last checkpoint only; --every needs a run trained "
-                        "with --keep_checkpoints")
-    return kept
-
 def evaluate_all(cfg, paths, device):
     """Evaluate checkpoints and cfg.model: (rows, {name: log}). Rows are appended to eval.jsonl."""
     rows, logs = [], {}
     tasks = functools.cache(functools.partial(choose_tasks, cfg.tasks, cfg.eval_data, cfg.limit))
     for name, path in curves.named(paths):
         log_path = path.with_name("log.jsonl")
-        log = read_log(log_path) if log_path.is_file() else []
-        if log:
-            logs[name] = log
-        for checkpoint in checkpoints_of(path, cfg.every):
+        logs[name] = read_log(log_path) if log_path.is_file() else []
+        kept = [path]
+        if cfg.every:
+            kept = sorted(path.parent.glob("step_*.pt"), key=lambda path: int(path.stem[5:]))
+        if not kept:
+            raise UserError(f"{path.parent} has its last checkpoint only; --every needs a run "
+                            "trained with --keep_checkpoints")
+        for checkpoint in kept:
             content = load_checkpoint(checkpoint, (*RUN, "step"))
-            so_far = [line for line in log if line["step"] <= content["step"]]
-            row = evaluate_checkpoint(name, content, load_model(content, device), so_far,
-                                      tasks(content["tokenizer_hash"]), device, cfg)
+            so_far = [line for line in logs[name] if line["step"] <= content["step"]]
+            rows.append(evaluate_checkpoint(name, content, load_model(content, device), so_far,
+                                            tasks(content["tokenizer_hash"]), device, cfg))
             about = dict(limit=cfg.limit, batch_size=cfg.batch_size, evaluated_on=str(device))
-            append(path.with_name("eval.jsonl"), row | about)
-            rows.append(row)
+            append(path.with_name("eval.jsonl"), rows[-1] | about)
     if cfg.model is not None:
         model, tokenizer = load_gpt(cfg.model, device)
         if tokenizer != "gpt2":
@@ -175,45 +163,40 @@ def evaluate_all(cfg, paths, device):
         content = dict(model_config=asdict(model.config), tokenizer="gpt2", tokenizer_hash="gpt2",
                        train_config=dict(method="gpt2", dataset=cfg.dataset))
         rows.append(evaluate_checkpoint(cfg.model, content, model, [], tasks("gpt2"), device, cfg))
-    return rows, logs
+    return rows, {name: log for name, log in logs.items() if log}
 
 def main_evaluate(cfg, runs, device):
     torch.set_float32_matmul_precision("highest")  # TF32 would round the harness's numbers
-    if not runs and cfg.model is None:
-        runs = [None]  # the newest
-    rows, logs = evaluate_all(cfg, [find_checkpoint(name) for name in runs], device)
+    runs = runs or ([None] if cfg.model is None else [])  # None: the newest
+    rows, logs = evaluate_all(cfg, list(map(find_checkpoint, runs)), device)
     if any("loss" in row for row in rows):
         print(curves.table(rows))
     if any("/" in name for row in rows for name in row):
         print(f"\n{curves.table(rows, curves.TABLE_1)}")
     if cfg.write:
         append(cfg.write, *rows)
-    if cfg.plot and not logs:
-        raise UserError("nothing to draw: no log.jsonl next to these checkpoints")
     if cfg.plot:
+        assert logs, "nothing to draw: no log.jsonl next to these checkpoints"
         print(f"curves: {curves.plot(cfg.plot, curves.read_curves(logs))}")
 
 def main_steering(cfg, runs, device):
     curves.picture_path(cfg.plot)
-    if len(runs) > 1:
-        raise UserError(f"--steering takes one run, not {len(runs)}: {' '.join(runs)}")
+    assert len(runs) < 2, f"--steering takes one run, not {len(runs)}: {' '.join(runs)}"
     path = find_checkpoint(runs[0] if runs else None)
     content = load_checkpoint(path, RUN)
-    settings = content["model_config"]
-    if settings["insert"] != "concept" or settings["mix"] == "none":
-        raise UserError(f"{path}: nothing to steer: --steering needs a cocomix run with a mix")
-    model = load_model(content, device)
+    model, val = load_model(content, device), tokens_of_run(content, "val")
+    assert model.config.insert == "concept" and model.config.mix != "none", (
+        f"{path}: nothing to steer: --steering needs a cocomix run with a mix")
     concept_model = concepts.concept_model_of_run(content, device)
     index = index_of_run(path, content, model, concept_model, device)
     models = {"CoCoMix": model, "concept model": concepts.steerable(concept_model)}
-    rows = steering(models, index, tokens_of_run(content, "val"), device, cfg.steered)
+    rows = steering(models, index, val, device, cfg.steered)
     summary = steering_summary(rows)
     print(curves.table(summary, STEERING))
     if cfg.write:
         append(cfg.write, *rows)
     if cfg.plot:
-        plot_steering(cfg.plot, summary)
-        print(f"curves: {cfg.plot}")
+        print(f"curves: {plot_steering(cfg.plot, summary)}")
 
 def main(argv):
     cfg, runs = parse(Config, argv, __doc__, files=False)
@@ -226,9 +209,8 @@ def main(argv):
     device = pick_device(cfg.device)
     if cfg.steering:
         return main_steering(cfg, runs, device)
-    if cfg.compare and not runs:
-        raise UserError("--compare needs runs or their logs: eval.py --compare out/A out/B")
     if cfg.compare:
+        assert runs, "--compare needs runs or their logs: eval.py --compare out/A out/B"
         return curves.compare(runs, cfg.plot or "out/compare")
     return main_evaluate(cfg, runs, device)
 

@@ -26,11 +26,11 @@ from concepts import concept_model_of_run, steerable
 from model import load_model
 from support.checkpoint import RUN, find_checkpoint, load_checkpoint
 from support.cli import key, parse
-from support.concept_index import NAME, describe, find, index_of_run, used
+from support.concept_index import NAME, describe, find, index_of_run, texts, used
 from support.device import pick_device
 from support.engine import generate
 from support.kernels import TopK
-from support.steering import choose_concepts
+from support.steering import choose_concepts, scales
 from support.tokens import load_tokenizer
 
 SWEEP = (-10, -8, -6, -4, -2, 0, 1, 2, 4, 6, 8, 10)  # 1 changes nothing
@@ -43,9 +43,8 @@ class Config:
     temperature: float = key(0.8, "0: greedy; 1: the model's own distribution", low=0)
     top_k: int | None = key(200, "sample from this many most likely tokens (none: all)", low=1)
     seed: int = key(1337, "of the random numbers", low=0, high=2**32 - 1)
-    steer: str | None = key(None, "CONCEPT:FACTOR,…; a concept is a number or words; without a "
-                            "value: three often used concepts", bare="auto",
-                            follows=r"[^-].*:-?[\d.]|-\d+:")
+    steer: str | None = key(None, "CONCEPT:FACTOR,…, by number or words; without a value: three "
+                            "often used concepts", bare="auto", follows=r"[^-].*:-?[\d.]|-\d+:")
     steer_sweep: bool = key(False, "steer by factors from -10 to 10; --steer then takes no factors")
     model: Literal["run", "concept", "both"] | None = key(
         None, "generate with the run, its concept model, or both (none: both with --steer)")
@@ -57,6 +56,9 @@ class Config:
 
 def parse_steer(text, n_concepts, sweep=False):
     """"17:6,error:-8" → {17: 6.0, "error": -8.0}; for a sweep, "17,error" → both with None."""
+    expected = "CONCEPT:FACTOR, such as 17:6 or error:-8"
+    if sweep:
+        expected = "concepts without factors, such as --steer=17; --steer_sweep sets the factors"
     factors = {}
     for part in text.split(","):
         name, colon, factor = part.rpartition(":")
@@ -65,14 +67,10 @@ def parse_steer(text, n_concepts, sweep=False):
         except ValueError:  # a colon in the words
             name, factor = part, None
         name, where = name.strip(), f"steer={part!r}:"
-        if sweep and (factor is not None or not name):
-            raise UserError(f"{where} expected concepts without factors, such as --steer=17; "
-                            "--steer_sweep sets the factors")
-        if not sweep and (factor is None or not name):
-            raise UserError(f"{where} expected CONCEPT:FACTOR, such as 17:6 or error:-8")
-        if factor is not None and not abs(factor) <= 1000:  # or NaN
-            raise UserError(f"{where} the factor must be a number from -1000 to 1000; the paper "
-                            "uses -10 to 10")
+        if not name or (factor is None) != sweep:
+            raise UserError(f"{where} expected {expected}")
+        if not sweep and not abs(factor) <= 1000:  # or NaN
+            raise UserError(f"{where} the factor must be a number from -1000 to 1000")
         if name.lstrip("-").isdecimal() and not 0 <= int(name) < n_concepts:
             raise UserError(f"{where} the model has concepts 0 to {n_concepts - 1}")
         name = int(name) if name.isdecimal() else name
@@ -87,26 +85,18 @@ def look_up(words, index, tokenizer):
     if not found:
         raise UserError(f"steer={words!r}: no concept matches; python concepts.py RUN lists all "
                         "concepts, --find=WORDS searches them")
-    concept, current = found[0]["id"], [repr(token) for token, *_ in found[0]["current"][:5]]
-    print(f"{words!r}: concept {concept}, at {' '.join(current)}, "
+    concept = found[0]["id"]
+    print(f"{words!r}: concept {concept}, at {texts(found[0]['current'])}, "
           f"before {index.name(concept, tokenizer)}")
     return concept
-
-def scales(variants, n_concepts, device):
-    """[{concept: factor}] → a factor for each concept logit, (variants, 1, C)."""
-    scale = torch.ones(len(variants), 1, n_concepts, device=device)
-    for row, factors in zip(scale, variants, strict=True):
-        for concept, factor in factors.items():
-            row[0, concept] = factor
-    return scale
 
 def candidates(index, tokenizer, most=32):
     """The most predicted concepts named by words: at least half of the name's tokens have four
     letters or more. All of the most predicted ones if no name is like that."""
     def words(concept):
-        texts = [tokenizer.decode([t]).strip() for t in index.next_ids(concept)]
-        return sum(len(text) > 3 and text.isalpha() for text in texts)
-    common = choose_concepts(index, len(index.predicted))
+        tokens = [tokenizer.decode([t]).strip() for t in index.next_ids(concept)]
+        return sum(len(token) > 3 and token.isalpha() for token in tokens)
+    common = choose_concepts(index)
     return ([c for c in common if 2 * words(c) >= NAME] or common)[:most]
 
 @torch.no_grad()
@@ -114,21 +104,20 @@ def choose(model, tokenizer, idx, index, n=3, factors=(-8.0, 8.0)):
     """{concept: factor}: the n candidates whose typical next tokens gain most in probability at the
     end of the prompt, by ratio, under one of the factors; each with another first token."""
     c = model.config
-    h = model.forward_blocks(model.embed(idx), 0, c.insert_at)  # the same in all trials
+    window = idx[:, -c.block_size:]
+    h = model.forward_blocks(model.embed(window), 0, c.insert_at)  # the same for all factors
 
-    def next_token(trials):  # probabilities (trials, V)
-        scale = scales([{concept: factor} for concept, factor in trials], c.n_concepts, idx.device)
-        h_final, _ = model.finish(h.expand(len(trials), -1, -1), c.insert_at, scale=scale)
+    def next_token(variants):  # probabilities (variants, V)
+        scale = scales(variants, c.n_concepts, idx.device)
+        h_final, _ = model.finish(h.expand(len(variants), -1, -1), c.insert_at, scale=scale)
         return model.head(h_final[:, -1]).softmax(-1)
 
-    trials = [(concept, f) for concept in candidates(index, tokenizer) for f in factors]
-    plain, gains = next_token([(0, 1.0)])[0], []
-    for i in range(0, len(trials), 8):
-        some = trials[i:i + 8]
-        for p, (concept, factor) in zip(next_token(some), some, strict=True):
-            tokens = index.next_ids(concept)
-            gain = (p[tokens].sum() / plain[tokens].sum()).log().item()
-            gains.append((gain, concept, factor))
+    plain, gains = next_token([{}]), []
+    for concept in candidates(index, tokenizer):
+        tokens = index.next_ids(concept)
+        steered = next_token([{concept: factor} for factor in factors])
+        gain = steered[:, tokens].sum(-1) / plain[:, tokens].sum(-1)
+        gains += [(g, concept, f) for g, f in zip(gain.tolist(), factors, strict=True)]
     chosen, taken = {}, set()
     for _, concept, factor in sorted(gains, reverse=True):
         tokens = index.next_ids(concept)
@@ -140,11 +129,12 @@ def choose(model, tokenizer, idx, index, n=3, factors=(-8.0, 8.0)):
 def plan(chosen, sweep, together, index, tokenizer):
     """[(title, {concept: factor})] to generate: plain, and steered by each chosen {concept: factor}
     (or all together); for a sweep, one per factor."""
-    names = {c: f"before {index.name(c, tokenizer)}" for c in chosen}
     if sweep:
-        print("\n".join(f"concept {c}, {name}" for c, name in names.items()))
+        for concept in chosen:
+            print(f"concept {concept}, before {index.name(concept, tokenizer)}")
         return [(f"× {factor}", dict.fromkeys(chosen, factor)) for factor in SWEEP]
-    steered = [(f"concept {c} × {f:g}, {names[c]}", {c: f}) for c, f in chosen.items()]
+    steered = [(f"concept {c} × {f:g}, before {index.name(c, tokenizer)}", {c: f})
+               for c, f in chosen.items()]
     if together:
         steered = [("; ".join(title for title, _ in steered), chosen)]
     return [("plain", {}), *steered]
@@ -210,15 +200,14 @@ def read_prompt(start, tokenizer):
 
 def load_models(cfg, content, model, load_concept_model):
     """The models that generate, {name: GPT}: the run, its steerable concept model, or both."""
-    which, models, c = cfg.model or ("both" if cfg.steer else "run"), {}, model.config
+    which, c = cfg.model or ("both" if cfg.steer else "run"), model.config
     if c.insert != "concept" and (cfg.steer or cfg.inspect or which != "run"):
         raise UserError(f"method={content['train_config']['method']!r} has no concepts: --steer, "
                         "--inspect and --model need a cocomix run")
     if cfg.steer and c.mix == "none" and which != "concept":
-        raise UserError("this run predicts concepts but mixes none in (mix='none'): nothing to "
-                        "steer; --model=concept steers its concept model")
-    if which != "concept":
-        models["CoCoMix" if c.insert == "concept" else "run"] = model
+        raise UserError("mix='none' leaves nothing to steer but the concept model; add "
+                        "--model=concept")
+    models = {} if which == "concept" else {"CoCoMix": model}
     if which != "run":
         try:
             models["concept model"] = steerable(load_concept_model())
@@ -237,37 +226,34 @@ def main(argv):
     content = load_checkpoint(path, RUN)
     model, tokenizer = load_model(content, device), load_tokenizer(content["tokenizer"])
     load_concept_model = partial(concept_model_of_run, content, device)
-    prompt = read_prompt(cfg.start, tokenizer)
-    idx, C = torch.tensor([prompt], device=device), model.config.n_concepts
-    auto, chosen = cfg.steer == "auto", {}
-    if cfg.steer and not auto and model.config.insert == "concept":
-        chosen = parse_steer(cfg.steer, C, cfg.steer_sweep)
+    prompt, C = read_prompt(cfg.start, tokenizer), model.config.n_concepts
+    idx = torch.tensor([prompt], device=device)
     models = load_models(cfg, content, model, load_concept_model)
 
-    index, variants, scale = None, [("", {})], None
+    auto, index, variants, scale = cfg.steer == "auto", None, [("", {})], None
+    chosen = parse_steer(cfg.steer, C, cfg.steer_sweep) if cfg.steer and not auto else {}
     if cfg.steer or cfg.inspect:
         index = index_of_run(path, content, model, load_concept_model, device)
     if auto:
         first = next(iter(models.values()))
-        window = idx[:, -first.config.block_size:]
-        chosen = choose(first, tokenizer, window, index, n=1 if cfg.steer_sweep else 3)
+        chosen = choose(first, tokenizer, idx, index, n=1 if cfg.steer_sweep else 3)
     if cfg.steer:
         chosen = {look_up(name, index, tokenizer) if isinstance(name, str) else name: factor
                   for name, factor in chosen.items()}
         variants = plan(chosen, cfg.steer_sweep, not auto, index, tokenizer)
         scale = scales([factors for _, factors in variants], C, device)
 
-    texts = {}  # name → tokens (variants · samples, T)
+    tokens = {}  # name → (variants · samples, T)
     for name, gpt in models.items():
         generator = torch.Generator(device).manual_seed(cfg.seed)  # the same for all models
-        texts[name] = generate(gpt, idx.expand(cfg.num_samples, -1), cfg.max_new_tokens,
-                               cfg.temperature, cfg.top_k, scale, generator)
+        tokens[name] = generate(gpt, idx.expand(cfg.num_samples, -1), cfg.max_new_tokens,
+                                cfg.temperature, cfg.top_k, scale, generator)
     width = shutil.get_terminal_size((100, 24)).columns
     for row in range(len(variants) * cfg.num_samples):
         variant, sample = divmod(row, cfg.num_samples)
         title = variants[variant][0] or f"sample {sample + 1}"
         print(f"\n── {title} {'─' * max(0, width - 4 - len(title))}")
-        ids = {name: rows[row, prompt == [tokenizer.eot_token]:] for name, rows in texts.items()}
+        ids = {name: t[row, prompt == [tokenizer.eot_token]:] for name, t in tokens.items()}
         if len(ids) > 1:
             print(columns([name.upper() for name in ids], width))
         print(columns([tokenizer.decode(t.tolist()) for t in ids.values()], width))

@@ -17,8 +17,7 @@ def check_model_config(c):
         if not ok:
             raise UserError(message)
     check(c.n_embd % c.n_head == 0, f"n_embd={c.n_embd} is not divisible by n_head={c.n_head}")
-    check(c.vocab_size <= 1 << 16,
-          f"vocab_size={c.vocab_size} is over 65536: token files are uint16")
+    check(c.vocab_size <= 1 << 16, f"vocab_size={c.vocab_size} is over 65536: tokens are uint16")
     for name, known in (("insert", INSERTS), ("mix", MIXES), ("distance", DISTANCES)):
         value = getattr(c, name)
         check(value in known, f"{name}={value!r}: expected one of {', '.join(known)}")
@@ -37,8 +36,7 @@ class HiddenMixer(nn.Module):
 
         g = MLP(x);  L = distance(g, h_con);  ĉ = (W g + b_W + b) · σ + μ     x, b: see ConceptMixer
 
-    h_con is normalised as for the SAE. l1, l2: mean over features; cos: 1 - cosine.
-    """
+    h_con is normalised as for the SAE. l1, l2: mean over features; cos: 1 - cosine."""
     def __init__(self, config):
         super().__init__()
         d = config.n_embd
@@ -46,13 +44,12 @@ class HiddenMixer(nn.Module):
         self.pre_bias = nn.Parameter(torch.zeros(d))
         self.predict = nn.Sequential(
             nn.Linear(d, 4 * d), nn.GELU("tanh"), nn.Linear(4 * d, config.hidden_size))
-        layers = [self.predict[0], self.predict[2]]
         if self.mixes:
             self.compress = nn.Linear(config.hidden_size, d)
-            layers.append(self.compress)
-        for layer in layers:
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, h, labels=None, scale=None):
         """labels (B, T, hidden_size) normalised hidden states, or None."""

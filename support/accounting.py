@@ -7,15 +7,12 @@ import torch
 
 from support.device import uses_bf16
 
-# Dense bf16 FLOP/s
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12,
-              "3090": 71e12}
+              "3090": 71e12}  # dense, bfloat16
 
 def peak_flops(device):
-    """The device's dense bf16 FLOP/s, or None if unknown."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
+    """The device's dense bfloat16 FLOP/s, or None if unknown."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
 
 def num_params(model, active=False):
@@ -26,10 +23,9 @@ def num_params(model, active=False):
     return total
 
 def flops_per_token(model, backward=True, block_size=None):
-    """FLOPs per token of a GPT. Interleaved positions count as two per token, except for the last
-    block's queries and MLP; the concept head, the kept rows of compress and the tied head are
-    included. backward: add twice the forward. block_size: context length (default: the model's).
-    """
+    """FLOPs per token of a GPT, with its heads and the kept rows of compress. Interleaved positions
+    count as two per token, except for the last block's queries and MLP. backward: add twice the
+    forward. block_size: context length (default: the model's)."""
     c, d = model.config, model.config.n_embd
     block_size = block_size or c.block_size
     flops = 2 * d * c.vocab_size
@@ -38,34 +34,26 @@ def flops_per_token(model, backward=True, block_size=None):
         queries = 1 if i == c.n_layer - 1 else positions
         flops += 2 * d * d * (2 * positions + 10 * queries)  # k, v; q, projection, MLP
         flops += queries * 4 * d * positions * block_size // 2
+    mixes = c.mix != "none"
     if c.insert == "concept":
-        flops += 2 * d * c.n_concepts
-        if c.mix != "none":
-            flops += 2 * d * c.concept_k
+        flops += 2 * d * (c.n_concepts + mixes * c.concept_k)
     if c.insert == "hidden":
-        flops += 2 * 4 * d * (d + c.hidden_size)
-        if c.mix != "none":
-            flops += 2 * d * c.hidden_size
+        flops += 2 * d * (4 * (d + c.hidden_size) + mixes * c.hidden_size)
     return flops * (3 if backward else 1)
 
 def label_flops_per_token(concept_model, block_size=None):
-    """FLOPs per token of a ConceptModel (0 for None): the blocks up to its layer; the SAE's encoder
-    for concepts; the upper blocks and the head for attribution or a teacher, and their gradient for
-    attribution."""
+    """FLOPs per token of a ConceptModel (0 for None): the lower blocks; for concepts, the encoder;
+    for attribution or a teacher, upper blocks and head; for attribution, their gradient, too."""
     if concept_model is None:
         return 0
-    gpt, target = concept_model.gpt, concept_model.target
+    gpt, labels = concept_model.gpt, concept_model.target == "concept"
     d, block_size = gpt.config.n_embd, block_size or gpt.config.block_size
     lower = (concept_model.layer + 1) * (24 * d ** 2 + 2 * d * block_size)
     upper = flops_per_token(gpt, backward=False, block_size=block_size) - lower
-    flops = lower
-    if target == "concept":
-        flops += 2 * concept_model.sae.encoder.numel()
-    if target == "concept" and concept_model.select == "attribution":
-        flops += 2 * upper  # forward and gradient for the hidden state
-    elif concept_model.teaches:
-        flops += upper
-    return flops
+    encoder = 2 * concept_model.sae.encoder.numel() if labels else 0
+    if labels and concept_model.select == "attribution":
+        return lower + encoder + 2 * upper  # forward and gradient for the hidden state
+    return lower + encoder + (upper if concept_model.teaches else 0)
 
 def activation_bytes(model, tokens, start=0, bf16=True, taught=False):
     """Peak bytes of a forward and backward of `tokens` tokens through the blocks from `start` on
@@ -74,10 +62,9 @@ def activation_bytes(model, tokens, start=0, bf16=True, taught=False):
     Under bfloat16 autocast a position in a block keeps 36 d bytes for the backward: the residual
     stream twice in float32, then 14 d numbers for the matrix products (two LayerNorms, q, k, v,
     attention, GELU before and after). With checkpoint_blocks it keeps only its float32 input.
-    Three more positions cover the mixer, the heads and the block that the backward is in. To that
-    add one chunk of logits with what is computed from it (more with a teacher), and the heads'
-    gradients, computed in the forward and copied in the backward.
-    """
+    Three more positions cover the mixer, the heads and the block that the backward is in. Added are
+    one chunk of logits with what is computed from it (more with a teacher), and the heads'
+    gradients, computed in the forward and copied in the backward."""
     c, d = model.config, model.config.n_embd
     doubled = c.n_layer - max(start, c.insert_layer) if c.interleaved else 0
     positions = c.n_layer - start + doubled
@@ -92,26 +79,23 @@ def step_bytes(model, concept_model, tokens, bf16=True):
     estimate. 18 per parameter: the gradient (again in DDP's buckets), Adam's two moments and a
     copy in bfloat16; of the frozen model only the copy."""
     taught = concept_model is not None and concept_model.teaches
-    student = activation_bytes(model, tokens, bf16=bf16, taught=taught)
-    labels = 0
+    needed = activation_bytes(model, tokens, bf16=bf16, taught=taught)
     if concept_model is not None:
         gpt = concept_model.gpt
         labels = activation_bytes(gpt, tokens, concept_model.layer + 1, bf16) + 2 * num_params(gpt)
-    return 18 * num_params(model) + max(student, labels)
+        needed = max(needed, labels)
+    return 18 * num_params(model) + needed
 
 def micro_batch(cfg, rows, model, concept_model, device):
     """How many of a process's `rows` sequences go through the model at once: the largest divisor
     of rows within micro_batch_size. auto: what fits in 90% of a GPU's free memory by `step_bytes`;
     elsewhere, at most 8,192 tokens."""
-    on_gpu, bf16 = device.type == "cuda", uses_bf16(cfg.dtype, device)
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else 0
-
     def fits(n):
         if cfg.micro_batch_size != "auto":
             return n <= cfg.micro_batch_size
-        tokens = n * cfg.block_size
-        if on_gpu:
-            return step_bytes(model, concept_model, tokens, bf16) <= 0.9 * free
-        return tokens <= 8192
+        if device.type != "cuda":
+            return n * cfg.block_size <= 8192
+        bf16, free = uses_bf16(cfg.dtype, device), torch.cuda.mem_get_info(device)[0]
+        return step_bytes(model, concept_model, n * cfg.block_size, bf16) <= 0.9 * free
 
     return max((n for n in range(1, rows + 1) if rows % n == 0 and fits(n)), default=1)

@@ -14,8 +14,7 @@ def hidden_states(gpt, idx, layer, bf16=False):
 class HiddenStates:
     """Shuffled, normalised hidden states of a concept model, a pure function of (seed, step).
 
-    Blocks of tokens are drawn as in training; the states of `buffer` batches are shuffled together.
-    """
+    Tokens are drawn as in training; the states of `buffer` batches are shuffled together."""
     def __init__(self, gpt, cfg, batches, device):
         self.gpt, self.cfg, self.batches, self.device = gpt, cfg, batches, device
         self._round = None
@@ -29,7 +28,7 @@ class HiddenStates:
             states = []
             for i in range(number * per_round, (number + 1) * per_round):
                 x = self.batches[i][0].to(self.device)
-                h = hidden_states(self.gpt, x, c.concept_layer, self.device.type == "cuda")
+                h = hidden_states(self.gpt, x, c.concept_layer, bf16=self.device.type == "cuda")
                 states.append(normalize(h)[0].flatten(0, 1).float())
             states = torch.cat(states)
             generator = torch.Generator().manual_seed(c.seed * 1_000_003 + number)
@@ -41,8 +40,8 @@ def check_layer(gpt, layer):
     """UserError unless the residual stream after block `layer` has one state per token."""
     c = gpt.config
     if not 0 <= layer < c.n_layer - 1:
-        raise UserError(f"concept_layer={layer} must leave a block above it: the concept model has "
-                        f"{c.n_layer} blocks (use 0 to {c.n_layer - 2})")
+        raise UserError(f"concept_layer={layer} must leave a block above it: choose 0 to "
+                        f"{c.n_layer - 2}, as the concept model has {c.n_layer} blocks")
     if c.interleaved and layer >= c.insert_layer:
         raise UserError(f"concept_layer={layer} is above the concept model's own mixer "
                         f"(insert_layer={c.insert_layer}), where a token has two states")

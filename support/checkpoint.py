@@ -5,7 +5,7 @@ import zipfile
 from dataclasses import fields
 from pathlib import Path
 
-from support.runtime import UserError
+from support.runtime import UserError, explain
 
 import torch
 
@@ -23,21 +23,18 @@ def save_checkpoint(path, **content):
 def find_checkpoint(run=None):
     """The path of a run's checkpoint. run: its folder or file; None: the newest run under out/."""
     if run is None:
-        found = list(Path("out").rglob("ckpt.pt"))
-        if not found:
-            raise UserError("no checkpoint under out/; train one: python train.py "
-                            "config/stdlib_cocomix.py, or make demo")
-        path = max(found, key=os.path.getmtime)
+        path = max(Path("out").rglob("ckpt.pt"), key=os.path.getmtime, default=None)
+        if path is None:
+            raise UserError("no checkpoint under out/; train one: make demo, or python train.py …")
         print(f"using the newest checkpoint, {path}")
         return path
     path = Path(run) / "ckpt.pt" if Path(run).is_dir() else Path(run)
-    if not path.is_file():
-        if (path.parent / "sae_ckpt.pt").is_file():
-            raise UserError(f"{path.parent} is an SAE's folder; name the run of a model, such as "
-                            "out/stdlib/cocomix")
-        raise UserError(f"no checkpoint at {path}; train it first (python train.py config/…), or "
-                        "name another run under out/")
-    return path
+    if path.is_file():
+        return path
+    if (path.parent / "sae_ckpt.pt").is_file():
+        raise UserError(f"{path.parent} is an SAE's folder; name the run of a model, such as "
+                        "out/stdlib/cocomix")
+    raise UserError(f"no checkpoint at {path}; train it first: python train.py config/…")
 
 def read_tensors(path, what):
     """Load a torch.save file on the CPU; its pickle runs no code. UserError: damaged, not one."""
@@ -68,25 +65,18 @@ def load_weights(cls, settings_cls, content, device):
     """The model cls(settings_cls(…)) of a checkpoint's content, in evaluation mode."""
     known = {f.name for f in fields(settings_cls)}
     settings = {k: v for k, v in content["model_config"].items() if k in known}
-    try:
+    remedy = "if an older version of this code wrote it, train the run again"
+    with explain("the checkpoint's weights do not fit its model config", remedy,
+                 (RuntimeError, TypeError)):
         model = cls(settings_cls(**settings))
         model.load_state_dict(content["model"])
-    except (RuntimeError, TypeError) as e:
-        if any(name.startswith("inserted.") for name in content["model"]):
-            raise UserError("this checkpoint was written by an older version of this code, which "
-                            "named its weights differently; train the run again") from e
-        reason = str(e).splitlines()[-1].strip()
-        raise UserError(f"the checkpoint's weights do not fit its model config: {reason}") from e
     return model.to(device).eval()
 
 def load_optimizer(optimizer, content, path):
     """Restore an optimizer's state. UserError: it belongs to other parameters."""
-    try:
+    remedy = "start again with --overwrite or another --out_dir"
+    with explain(f"the optimizer's state in {path} does not fit the model", remedy):
         optimizer.load_state_dict(content["optimizer"])
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise UserError(f"the optimizer's state in {path} does not fit the model "
-                        f"({type(e).__name__}: {e}); start again with --overwrite, or in another "
-                        "--out_dir") from e
 
 def model_hash(model):
     """A short hash of a model's weights, which identifies the model an SAE was trained on."""

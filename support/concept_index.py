@@ -1,8 +1,7 @@
 """The concept index: what each concept of a run means, read off the training text.
 
 One pass over training tokens finds the tokens at which each concept is a label, the tokens that
-follow (the typical ones are its name everywhere), and where it is strongest. The index is saved
-next to the run as concepts.pt; the report, sample.py and eval.py use it.
+follow (the typical ones are its name), and where it is strongest. Saved next to the run.
 """
 import math
 from pathlib import Path
@@ -20,6 +19,7 @@ from support.tokens import Batches, tokens_of_run
 TOKENS, NEIGHBOURS = 16, 8  # kept per concept
 NAME = 8                    # how many of the typical next tokens name it
 CONTEXTS, BEFORE, AFTER = 6, 16, 8  # contexts per concept; tokens before and after the marked one
+NOWHERE = 1 << 60           # a position beyond every file
 EDGES = 2.0 ** (torch.arange(33) / 4 - 3)  # of the activation bins; the first and last are open
 
 class ConceptIndex(NamedTuple):
@@ -47,26 +47,19 @@ class ConceptIndex(NamedTuple):
     predictions_logit: torch.Tensor
 
     def next_ids(self, concept, n=NAME):
-        """The first n ≤ NAME typical next tokens, as a list."""
-        return [t for t in self.next_tokens[concept, :min(n, NAME)].tolist() if t >= 0]
+        """The first n typical next tokens, as a list."""
+        return [t for t in self.next_tokens[concept, :n].tolist() if t >= 0]
 
     def name(self, concept, tokenizer, n=5):
         """The typical next tokens as text, such as `'self' 'path' 'get'`."""
-        texts = [repr(tokenizer.decode([t])) for t in self.next_ids(concept, n)]
-        return " ".join(texts) or "(never a label)"
-
-def best_per_group(group, score, n):
-    """Indices of each group's n highest scores, sorted by group, and their ranks from 0."""
-    order = np.lexsort((-score, group))
-    rank = np.arange(len(order)) - np.searchsorted(group[order], group[order])
-    return order[rank < n], rank[rank < n]
+        names = [repr(tokenizer.decode([t])) for t in self.next_ids(concept, n)]
+        return " ".join(names) or "(never a label)"
 
 class PairCounts:
-    """Counts of (concept, token) pairs. Memory is bounded: of more than `limit` different pairs,
-    each merge drops the rarest."""
+    """Counts of (concept, token) pairs; each merge keeps only the `limit` most frequent ones."""
     def __init__(self, limit=1 << 23):
         self.limit, self.new = limit, []
-        self.keys, self.counts = np.empty(0, np.int64), np.empty(0, np.int64)
+        self.keys = self.counts = np.empty(0, np.int64)
 
     def add(self, keys):
         """keys: concept · V + token, once per occurrence."""
@@ -75,11 +68,11 @@ class PairCounts:
             self.merge()
 
     def merge(self):
-        weights = np.concatenate((self.counts, np.ones(sum(map(len, self.new)), np.int64)))
         keys = np.concatenate((self.keys, *self.new))
+        weights = np.ones(len(keys))
+        weights[:len(self.counts)] = self.counts
         self.keys, inverse = np.unique(keys, return_inverse=True)
-        self.counts = np.bincount(inverse, weights).astype(np.int64)
-        self.new = []
+        self.counts, self.new = np.bincount(inverse, weights).astype(np.int64), []
         if len(self.keys) > self.limit:
             kept = np.sort(np.argpartition(-self.counts, self.limit)[:self.limit])
             self.keys, self.counts = self.keys[kept], self.counts[kept]
@@ -87,18 +80,20 @@ class PairCounts:
 def typical(pairs, everywhere, C, prior=20):
     """The tokens most typical of each concept: (ids, share, lift), each (C, TOKENS).
 
-    share = p(token | concept), smoothed by `prior` pseudo-observations from p(token), because two
-    occurrences prove little; lift = share / p(token). Sorted by share · log lift, the token's term
-    of the KL divergence: lift alone favours rare tokens, share alone common ones. Only lift > 1.
+    share = p(token | concept), smoothed by `prior` pseudo-observations from p(token);
+    lift = share / p(token) > 1. Sorted by share · log lift, the token's term of the KL divergence:
+    lift alone favours rare tokens, share alone common ones.
     """
     pairs.merge()
-    concept, token = np.divmod(pairs.keys, len(everywhere))
-    p = everywhere[token] / everywhere.sum()
+    concept, token = np.divmod(pairs.keys, len(everywhere))  # concepts ascending
+    p = everywhere.numpy()[token] / everywhere.sum().item()
     share = (pairs.counts + prior * p) / (np.bincount(concept, pairs.counts, C)[concept] + prior)
     lift = share / p
-    score = np.where(lift > 1, share * np.log(lift), -np.inf)
-    order, rank = best_per_group(concept, score, TOKENS)
-    rank, order = rank[lift[order] > 1], order[lift[order] > 1]
+    score = share * np.log(lift)
+    order = np.lexsort((-score, concept))
+    rank = np.arange(len(order)) - np.searchsorted(concept, concept)
+    best = (rank < TOKENS) & (score[order] > 0)
+    order, rank = order[best], rank[best]
     table = np.zeros((3, C, TOKENS))
     table[0] = -1
     table[:, concept[order], rank] = token[order], share[order], lift[order]
@@ -107,32 +102,28 @@ def typical(pairs, everywhere, C, prior=20):
 
 class Strongest:
     """The n largest values of each of C concepts, at most one per block, and where they occur."""
-    def __init__(self, C, n=CONTEXTS):
-        self.value = np.full((C, n), -np.inf, np.float32)
-        self.where = np.full((C, n), -1, np.int64)
+    def __init__(self, C, n=CONTEXTS, device="cpu"):
+        self.value = torch.full((C, n), -torch.inf, device=device)
+        self.where = torch.full((C, n), NOWHERE, device=device)
 
     def add(self, top, where):
         """top: TopK (rows, T, k). where: position in the file of each token, (rows, T)."""
-        (rows, T, k), n = top.values.shape, self.value.shape[1]
-        value, concept = (t.flatten().cpu().numpy() for t in (top.values.float(), top.indices))
-        place = np.flatnonzero(value > self.value[concept, -1])  # candidates: soon very few
-        value, concept = value[place], concept[place]
-        first, _ = best_per_group(concept * rows + place // (T * k), value, 1)  # one per block
-        value, concept, at = value[first], concept[first], where.flatten()[place[first] // k]
-        touched = np.unique(concept)
-        group = np.concatenate((np.repeat(touched, n), concept))
-        value = np.concatenate((self.value[touched].ravel(), value))
-        at = np.concatenate((self.where[touched].ravel(), at))
-        order, rank = best_per_group(group, value, n)
-        self.value[group[order], rank] = value[order]
-        self.where[group[order], rank] = at[order]
+        rows, k, (C, n) = len(where), top.values.shape[-1], self.value.shape
+        value, concept = top.values.float().flatten(1), top.indices.flatten(1)
+        best = value.new_full((rows, C), -torch.inf).scatter_reduce_(1, concept, value, "amax")
+        is_best = value == best.gather(1, concept)
+        place = where.repeat_interleave(k, dim=1).masked_fill(~is_best, NOWHERE)
+        first = place.new_full((rows, C), NOWHERE).scatter_reduce_(1, concept, place, "amin")
+        values, places = torch.cat((self.value, best.T), 1), torch.cat((self.where, first.T), 1)
+        values, order = values.sort(dim=1, descending=True, stable=True)
+        self.value, self.where = values[:, :n], places.gather(1, order[:, :n])
 
     def contexts(self, tokens):
         """(tokens around each place (C, n, BEFORE + 1 + AFTER), padded with -1; the values)."""
-        places = self.where[..., None] + np.arange(-BEFORE, AFTER + 1)
-        inside = (places >= 0) & (places < len(tokens)) & (self.where[..., None] >= 0)
+        places = self.where[..., None].cpu().numpy() + np.arange(-BEFORE, AFTER + 1)
+        inside = (places >= 0) & (places < len(tokens))
         around = np.where(inside, tokens[places * inside].astype(np.int32), -1)
-        return torch.from_numpy(around), torch.from_numpy(self.value)
+        return torch.from_numpy(around), self.value.cpu()
 
 def column_norms(model):
     """‖W_:,i‖ of the compress matrix, (C,): how far one unit of each concept moves ĉ."""
@@ -140,15 +131,14 @@ def column_norms(model):
 
 @torch.no_grad()
 def promoted(model, n=TOKENS):
-    """The n tokens whose logits each W_:,i raises most and lowers most, (C, n) each, on the direct
+    """The n tokens whose logits each W_:,i raises most, and lowers most, (2, C, n), on the direct
     path from ĉ to the head. The final LayerNorm's division by σ does not change their order."""
     weight = model.wte.weight[:model.config.vocab_size]
-    up, down = [], []
+    tokens = []
     for rows in model.mixer.compress.split(1024):
         effect = ((rows - rows.mean(1, keepdim=True)) * model.ln_f.weight) @ weight.T
-        up.append(effect.topk(n).indices)
-        down.append((-effect).topk(n).indices)
-    return torch.cat(up).int().cpu(), torch.cat(down).int().cpu()
+        tokens.append(torch.stack((effect.topk(n).indices, (-effect).topk(n).indices)))
+    return torch.cat(tokens, 1).int().cpu()
 
 def neighbours(directions, n=NEIGHBOURS):
     """Nearest concepts by cosine: unit rows (C, d) → ids and cosines, (C, n) each."""
@@ -157,48 +147,46 @@ def neighbours(directions, n=NEIGHBOURS):
         cosine = directions[first:first + 1024] @ directions.T
         cosine[:, first:first + len(cosine)].fill_diagonal_(-torch.inf)  # not its own neighbour
         tops.append(cosine.topk(min(n, len(directions) - 1)))
-    return (torch.cat([top.indices for top in tops]).int().cpu(),
-            torch.cat([top.values for top in tops]).cpu())
+    values, ids = (torch.cat(parts).cpu() for parts in zip(*tops, strict=True))
+    return ids.int(), values
 
 @torch.no_grad()
 def build_index(content, model, concept_model, tokens, device):
     """The ConceptIndex of a run over about `tokens` training tokens, in bounded memory."""
-    c = model.config
-    C, V, T, bins = c.n_concepts, c.vocab_size, c.block_size, len(EDGES) - 1
+    c, bins = model.config, len(EDGES) - 1
+    C, V, T = c.n_concepts, c.vocab_size, c.block_size
     train = tokens_of_run(content, "train")
     per_step = 4096 if device.type == "cpu" else 32768
     rows = max(1, min(per_step // T, -(-tokens // T), (len(train) - 1) // T))
     batches = Batches(train, T, rows, V, shift=False)
     steps = max(1, min(round(tokens / (rows * T)), batches.blocks // rows))
-    labelled = torch.zeros(C, dtype=torch.long, device=device)
-    predicted, activations = torch.zeros_like(labelled), labelled.new_zeros(C * bins)
-    edges, everywhere = EDGES[1:-1].to(device), np.zeros(V, np.int64)
-    current, following = PairCounts(), PairCounts()
-    strongest, most_predicted = Strongest(C), Strongest(C)
+    labelled = predicted = activations = everywhere = 0
+    current, following, edges = PairCounts(), PairCounts(), EDGES[1:-1].to(device)
+    strongest, most_predicted = Strongest(C, device=device), Strongest(C, device=device)
     with progress(steps * rows * T, "concept index", "tok", unit_scale=True, leave=False) as bar:
         for step in range(steps):
             x, y = (t.to(device) for t in batches[step])
             labels, _, active = concept_model.targets(x, y, teaches=False)
             kept = model.concepts(x)
-            labelled += torch.bincount(labels.flatten(), minlength=C)
-            predicted += torch.bincount(kept.indices.flatten(), minlength=C)
+            labelled += labels.flatten().bincount(minlength=C)
+            predicted += kept.indices.flatten().bincount(minlength=C)
             bin_of = active.indices * bins + torch.bucketize(active.values, edges)
-            activations += torch.bincount(bin_of[active.values > 0], minlength=C * bins)
-            everywhere += np.bincount(torch.cat((x, y)).flatten().cpu().numpy(), minlength=V)
+            activations += bin_of[active.values > 0].bincount(minlength=C * bins)
+            everywhere += torch.cat((x, y)).flatten().bincount(minlength=V)
             current.add((labels * V + x[..., None]).flatten().cpu().numpy())
             following.add((labels * V + y[..., None]).flatten().cpu().numpy())
-            where = batches.starts(step)[:, None] + np.arange(T)
+            where = torch.from_numpy(batches.starts(step)[:, None] + np.arange(T)).to(device)
             strongest.add(active, where)
             most_predicted.add(kept, where)
             bar.update(y.numel())
-    promotes, suppresses, norm = torch.zeros(C, 0).int(), torch.zeros(C, 0).int(), torch.zeros(C)
+    effects, norm = torch.zeros(2, C, 0).int(), torch.zeros(C)
     if c.mix != "none":
-        (promotes, suppresses), norm = promoted(model), torch.from_numpy(column_norms(model))
+        effects, norm = promoted(model), torch.from_numpy(column_norms(model))
     return ConceptIndex(
         model_hash(model), tokens, steps * rows * T,
         labelled.cpu(), predicted.cpu(), activations.view(C, -1).cpu(),
-        *typical(following, everywhere, C), *typical(current, everywhere, C),
-        promotes, suppresses, norm, *neighbours(concept_model.sae.decoder),
+        *typical(following, everywhere.cpu(), C), *typical(current, everywhere.cpu(), C),
+        *effects, norm, *neighbours(concept_model.sae.decoder),
         *strongest.contexts(train), *most_predicted.contexts(train))
 
 def index_of_run(path, content, model, concept_model, device, tokens=None):
@@ -206,44 +194,45 @@ def index_of_run(path, content, model, concept_model, device, tokens=None):
     of the same weights and `tokens` training tokens (None: any number), else built and saved.
     concept_model: the run's ConceptModel, or a function that loads it if it is needed."""
     stored = Path(path).parent / "concepts.pt"
-    if stored.is_file():
-        try:
-            found = ConceptIndex(**read_tensors(stored, "a concept index"))
-            if found.checkpoint == model_hash(model) and tokens in (None, found.requested):
-                return found
-        except (UserError, TypeError):
-            pass  # damaged, or of an older version: build it again
+    try:
+        found = ConceptIndex(**read_tensors(stored, "a concept index"))
+        if found.checkpoint == model_hash(model) and tokens in (None, found.requested):
+            return found
+    except (FileNotFoundError, UserError, TypeError):
+        pass  # missing, damaged, or of an older version
     tokens = tokens or 1_000_000
     print(f"building {stored} from {tokens:,} training tokens (once per checkpoint)")
-    loaded = concept_model() if callable(concept_model) else concept_model
-    index = build_index(content, model, loaded, tokens, device)
+    concept_model = concept_model() if callable(concept_model) else concept_model
+    index = build_index(content, model, concept_model, tokens, device)
     with atomic_write(stored) as file:
         torch.save(index._asdict(), file)
     return index
 
+def texts(tokens, n=5):
+    """The first n tokens of a list of `describe`."""
+    return " ".join(repr(token) for token, *_ in tokens[:n])
+
 def describe(index, concept, tokenizer):
     """What the index knows about a concept, as plain values, with tokens as text."""
+    row = {name: t[concept].tolist() for name, t in index._asdict().items() if torch.is_tensor(t)}
     def text(ids):
         return tokenizer.decode([t for t in ids if t >= 0])
-    def row(tensor, digits=None):
-        return [round(v, digits) if digits else v for v in tensor[concept].tolist()]
-    def tokens(ids, share, lift):
-        found = zip(row(ids), row(share, 4), row(lift, 2), strict=True)
-        return [[text([t]), s, l] for t, s, l in found if t >= 0]
+    def typical_tokens(kind):
+        lists = (row[f"{kind}_{what}"] for what in ("tokens", "share", "lift"))
+        return [[text([t]), round(share, 4), round(lift, 2)]
+                for t, share, lift in zip(*lists, strict=True) if t >= 0]
     def contexts(ids, values):
         return [[text(t[:BEFORE]), text(t[BEFORE:BEFORE + 1]), text(t[BEFORE + 1:]), round(v, 2)]
-                for t, v in zip(row(ids), row(values), strict=True) if v > -torch.inf]
+                for t, v in zip(row[ids], row[values], strict=True) if v > -torch.inf]
     return dict(
-        id=concept, labelled=index.labelled[concept].item(),
-        predicted=index.predicted[concept].item(), norm=round(index.norm[concept].item(), 4),
-        next=tokens(index.next_tokens, index.next_share, index.next_lift),
-        current=tokens(index.current_tokens, index.current_share, index.current_lift),
-        promotes=[text([t]) for t in row(index.promotes)],
-        suppresses=[text([t]) for t in row(index.suppresses)],
-        neighbours=list(map(list, zip(row(index.neighbours), row(index.cosine, 3), strict=True))),
-        activations=row(index.activations),
-        contexts=contexts(index.contexts, index.contexts_activation),
-        predictions=contexts(index.predictions, index.predictions_logit))
+        id=concept, labelled=row["labelled"], predicted=row["predicted"],
+        norm=round(row["norm"], 4), next=typical_tokens("next"), current=typical_tokens("current"),
+        promotes=[text([t]) for t in row["promotes"]],
+        suppresses=[text([t]) for t in row["suppresses"]],
+        neighbours=[[i, round(cosine, 3)]
+                    for i, cosine in zip(row["neighbours"], row["cosine"], strict=True)],
+        activations=row["activations"], contexts=contexts("contexts", "contexts_activation"),
+        predictions=contexts("predictions", "predictions_logit"))
 
 def used(index):
     """The concepts that were ever a label or predicted, most used first."""
@@ -251,17 +240,17 @@ def used(index):
     return use.argsort(descending=True, stable=True)[:(use > 0).sum()].tolist()
 
 def similarity(token, word):
-    """Ratio of lengths if one contains the other, which is not too short; else 0."""
+    """Ratio of lengths if one contains the other and is not much shorter; else 0."""
     short, long = sorted((token.strip().lower(), word), key=len)
-    too_short = short != long and (len(short) < 3 or 2 * len(short) < len(long))
-    return len(short) / len(long) if short in long and not too_short else 0.0
+    close = short == long or len(short) >= max(3, len(long) / 2)
+    return len(short) / len(long) if close and short in long else 0.0
 
 def find(entries, query):
     """The entries (see `describe`) that match the words of a query, best match first.
 
     A word scores similarity · share · log lift (see `typical`) over the concept's tokens, plus a
-    tenth of the share of its contexts that contain it. The square roots are summed: a match for
-    every word beats a strong match for one.
+    tenth of the share of its contexts that contain it. Square roots are summed: a match for every
+    word beats a strong match for one.
     """
     def score(e, word):
         total = sum(similarity(token, word) * share * math.log(lift)

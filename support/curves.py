@@ -5,6 +5,7 @@ batches and initial weights across methods, so differences vary less than the lo
 """
 import math
 import statistics
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,28 +51,24 @@ TABLE_1 = (("run", "run", "{}"), ("tokens", "tokens", "{:,}"),
            ("average_perplexity", "avg ppl", "{:,.2f}"), ("average_accuracy", "avg acc", "{:.1%}"))
 
 def table(rows, columns=COLUMNS):
-    """Rows (dicts) as text. Columns that no row has are left out; – stands for a missing value."""
-    columns = [column for column in columns if any(row.get(column[0]) is not None for row in rows)]
-    cells = [[heading for _, heading, _ in columns]]
-    for row in rows:
-        cells.append(["–" if row.get(key) is None else form.format(row[key])
-                      for key, _, form in columns])
-    lines = [""] * len(cells)
-    for i, (_, _, form) in enumerate(columns):
-        width = max(len(line[i]) for line in cells)
-        for n, line in enumerate(cells):
-            cell = line[i].ljust(width) if form == "{}" else line[i].rjust(width)
-            lines[n] += "  " * (i > 0) + cell
-    return "\n".join([lines[0], "─" * len(lines[0])] + lines[1:])
+    """Rows (dicts) as text. Columns that no row has are left out; a missing value is –."""
+    laid_out = []
+    for key, heading, form in columns:
+        values = [row.get(key) for row in rows]
+        if any(value is not None for value in values):
+            cells = [heading, *("–" if value is None else form.format(value) for value in values)]
+            width = max(map(len, cells))
+            laid_out.append([f"{cell:{'<' if form == '{}' else '>'}{width}}" for cell in cells])
+    first, *others = map("  ".join, zip(*laid_out, strict=True))
+    return "\n".join([first, "─" * len(first), *others])
 
 def training(log):
     """What a run's log says about its training."""
-    start, steps = log[0], [line for line in log if "loss" in line]
-    end = steps[-1] if steps else dict(step=0, tokens=0, seconds=0.0)
-    speed = end["tokens"] / end["seconds"] if end["seconds"] else None
+    steps = [line for line in log if "loss" in line] or [dict(step=0, tokens=0, seconds=0.0)]
+    row = {name: steps[-1][name] for name in ("step", "tokens", "seconds")}
+    row["tokens_per_s"] = row["tokens"] / row["seconds"] if row["seconds"] else None
     known = ("flops_per_token", "device", "torch", "source_hash", "active_params", "params")
-    return dict(step=end["step"], tokens=end["tokens"], seconds=end["seconds"], tokens_per_s=speed,
-                **{name: start.get(name) for name in known})
+    return row | {name: log[0].get(name) for name in known}
 
 # --------------------------------------------------------------------------------------------------
 # Learning curves
@@ -87,34 +84,26 @@ def named(paths):
     """[(short name, path)]: the name of the run's folder or log; its path where names repeat."""
     runs = [path.parent if path.name in ("ckpt.pt", "log.jsonl") else path.with_suffix("")
             for path in paths]
-    names = [run.name for run in runs]
-    if len(set(names)) < len(names):
-        names = list(map(str, runs))
-    return list(zip(names, paths, strict=True))
+    unique = len({run.name for run in runs}) == len(runs)
+    return [(run.name if unique else str(run), path)
+            for run, path in zip(runs, paths, strict=True)]
 
 class Curve(NamedTuple):
     """The training of one method, at the evaluations that all of its seeds share."""
     tokens: list[int]
-    seeds: list[int]
-    losses: list[list[float]]  # (seeds, evaluations) validation loss
-    seconds: list[float]       # of training at each seed's median tokens/s, mean over the seeds
-    flops_per_token: float     # label computation included, even where labels were stored
-
-    @property
-    def loss(self):
-        """Mean over the seeds."""
-        return [statistics.fmean(at) for at in zip(*self.losses, strict=True)]
+    losses: dict[int, list[float]]  # seed → validation loss at each evaluation
+    seconds: list[float]    # of training at each seed's median tokens/s, mean over the seeds
+    flops_per_token: float  # label computation included, even where labels were stored
 
     def at(self, tokens):
         """{seed: loss} after so many tokens."""
-        i = self.tokens.index(tokens)
-        return {seed: losses[i] for seed, losses in zip(self.seeds, self.losses, strict=True)}
+        return {seed: losses[self.tokens.index(tokens)] for seed, losses in self.losses.items()}
 
 def read_curves(logs):
     """{name: log lines} → {name: Curve}. Logs named NAME-SEED are seeds of one method NAME."""
     groups = {}
     for name, log in logs.items():
-        seed = str(log[0].get("seed")) if log else "None"
+        seed = log[0].get("seed") if log else None
         groups.setdefault(name.removesuffix(f"-{seed}"), []).append(log)
     return {name: read_curve(name, group) for name, group in groups.items()}
 
@@ -123,7 +112,7 @@ def read_curve(name, logs):
                if line.get("tokens") and {"val_loss", "seconds"} <= line.keys()} for log in logs]
     shared = sorted(set.intersection(*map(set, points)))
     if not shared:
-        raise UserError(f"{name}: no evaluation after the start that its logs share; train longer, "
+        raise UserError(f"{name}: no evaluation after the start in all of its logs; train longer, "
                         "or with a smaller --eval_interval")
     speeds = []
     for log, at in zip(logs, points, strict=True):
@@ -131,9 +120,10 @@ def read_curve(name, logs):
         speeds.append(statistics.median(logged or [max(at) / at[max(at)]["seconds"]]))
     start = logs[0][0]
     flops = (start.get("flops_per_token") or 0) + (start.get("concept_flops_per_token") or 0)
-    return Curve(shared, [log[0].get("seed") for log in logs],
-                 [[at[tokens]["val_loss"] for tokens in shared] for at in points],
-                 [statistics.fmean(tokens / speed for speed in speeds) for tokens in shared], flops)
+    losses = {log[0].get("seed"): [at[tokens]["val_loss"] for tokens in shared]
+              for log, at in zip(logs, points, strict=True)}
+    seconds = [statistics.fmean(tokens / speed for speed in speeds) for tokens in shared]
+    return Curve(shared, losses, seconds, flops)
 
 def spread(values, form=".3f"):
     """Mean ± half the range, as text; only the mean of a single value."""
@@ -146,34 +136,28 @@ def spread(values, form=".3f"):
 def tokens_to_reach(tokens, losses, goal):
     """Tokens after which a curve is first at or below the loss `goal`, interpolated linearly;
     None if it never is."""
-    before = None
-    for at, loss in zip(tokens, losses, strict=True):
-        if loss <= goal:
-            if before is None:
-                return at
-            return before[0] + (at - before[0]) * (before[1] - goal) / (before[1] - loss)
-        before = at, loss
+    if losses[0] <= goal:
+        return tokens[0]
+    for (start, high), (end, low) in pairwise(zip(tokens, losses, strict=True)):
+        if low <= goal:
+            return start + (end - start) * (high - goal) / (high - low)
     return None
 
 def shared_tokens(curves):
     """The token counts at which all of {name: Curve} were evaluated, ascending."""
     shared = sorted(set.intersection(*(set(curve.tokens) for curve in curves.values())))
     if not shared:
-        raise UserError("these runs share no evaluation: compare runs with the same eval_interval "
-                        "and batch size")
+        raise UserError("these runs share no evaluation: use one eval_interval and batch size")
     return shared
 
 def versus_first(curve, first, end):
-    """Cells: final loss minus the first run's; tokens and FLOPs needed to reach the first run's
-    final loss, relative to what the first run needed."""
-    goals = first.at(end)
-    pairs = [(goals[seed], losses) for seed, losses in zip(curve.seeds, curve.losses, strict=True)
-             if seed in goals]
-    if curve is first or not pairs:
+    """The cells "vs first", "tokens needed" and "FLOPs needed" of `learning_curves`."""
+    goals, final = first.at(end), curve.at(end)
+    seeds = [seed for seed in final if seed in goals]
+    if curve is first or not seeds:
         return ["–"] * 3
-    i = curve.tokens.index(end)
-    difference = spread(losses[i] - goal for goal, losses in pairs)
-    needed = [tokens_to_reach(curve.tokens, losses, goal) for goal, losses in pairs]
+    difference = spread(final[seed] - goals[seed] for seed in seeds)
+    needed = [tokens_to_reach(curve.tokens, curve.losses[seed], goals[seed]) for seed in seeds]
     if None in needed:
         return [difference, "not reached", "not reached"]
     tokens, flops = [n / end for n in needed], "–"
@@ -183,9 +167,8 @@ def versus_first(curve, first, end):
 
 def learning_curves(curves, columns=4):
     """{name: Curve} as a Markdown table: validation loss at up to `columns` shared evaluations; the
-    final loss vs the first run's; tokens and FLOPs needed to reach the first run's final loss,
-    relative to the first run (label computation included); FLOPs and seconds of the whole run.
-    ±: half the range over the seeds."""
+    final loss minus the first run's; tokens and FLOPs needed to reach the first run's final loss,
+    relative to the first run; FLOPs and seconds of the whole run. ±: half the range over seeds."""
     shared, first = shared_tokens(curves), next(iter(curves.values()))
     n = min(columns, len(shared))
     shown = [shared[round((i + 1) * len(shared) / n) - 1] for i in range(n)]
@@ -202,15 +185,15 @@ def learning_curves(curves, columns=4):
 # --------------------------------------------------------------------------------------------------
 # Pictures
 
-def pyplot():
-    """matplotlib.pyplot, drawing into files."""
+def new_figure(rows, columns, width, height, **options):
+    """(a matplotlib Figure, its axes), width and height in inches."""
     try:
-        import matplotlib
+        import matplotlib.figure
     except ImportError as e:
         raise UserError("drawing needs matplotlib: pip install -r requirements.txt") from e
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-    return matplotlib.pyplot
+    matplotlib.rcParams["svg.hashsalt"] = "cocomix"  # no random ids in an .svg
+    figure = matplotlib.figure.Figure((width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, **options)
 
 def picture_path(path):
     """Refuse a path that no picture can be written to (None: no picture)."""
@@ -218,31 +201,31 @@ def picture_path(path):
         raise UserError(f"plot={str(path)!r}: expected a file name ending in .png, .svg or .pdf")
 
 def save_figure(figure, path):
-    """Write a figure and close it: to path or, where that has no suffix, to a .png and an .svg. The
-    same figure gives the same bytes (no date, no random ids). Returns the paths as text."""
-    path = Path(path)
-    paths = [path] if path.suffix else [Path(f"{path}.png"), Path(f"{path}.svg")]
-    pyplot().rcParams["svg.hashsalt"] = "cocomix"
+    """Write a figure to path or, where that has no suffix, to a .png and an .svg. The same figure
+    gives the same bytes. Returns the paths as text."""
+    paths = [Path(path)] if Path(path).suffix else [Path(f"{path}.png"), Path(f"{path}.svg")]
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # else computed again, a little differently, per file
     no_date = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, metadata=no_date.get(path.suffix))
-    pyplot().close(figure)
     return " ".join(map(str, paths))
+
+def count_axis(axis):
+    """A grid, and 1k, 1M … along x."""
+    from matplotlib.ticker import EngFormatter
+    axis.grid(alpha=0.3)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 def plot(path, curves, panels=None):
     """Draw {name: Curve}: validation loss against tokens, FLOPs and training time, with a band from
-    the best to the worst seed. The steep first fifth of training may lie above the picture.
+    the best to the worst seed. The first fifth of training may lie above the picture.
     panels {title: names}: one row of three for each. Returns the paths written."""
-    plt = pyplot()
-    panels = {title: [name for name in names if name in curves]
-              for title, names in (panels or {}).items()}
-    panels = {title: names for title, names in panels.items() if names} or {"": list(curves)}
+    panels = {title: found for title, names in (panels or {}).items()
+              if (found := [name for name in names if name in curves])} or {"": list(curves)}
     height = 4 if len(panels) == 1 else 3 * len(panels)
-    figure, rows = plt.subplots(len(panels), 3, figsize=(13, height), sharey="row", squeeze=False,
-                                layout="constrained")
+    figure, rows = new_figure(len(panels), 3, 13, height, sharey="row", squeeze=False)
     for (title, names), axes in zip(panels.items(), rows, strict=True):
         late = []  # losses that have to be visible
         for name in names:
@@ -251,8 +234,7 @@ def plot(path, curves, panels=None):
         axes[0].set_ylim(min(late) - margin, max(late) + margin)
         for axis, label in zip(axes, ("tokens", "FLOPs", "time (s)"), strict=True):
             axis.set_xlabel(f"training {label}")
-            axis.grid(alpha=0.3)
-            axis.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=""))
+            count_axis(axis)
         axes[0].set_ylabel("validation loss (nats per token)")
         axes[0].set_title(title, loc="left", fontsize=10)
         axes[0].legend(frameon=False, fontsize=7 if len(names) > 6 else None)
@@ -260,61 +242,56 @@ def plot(path, curves, panels=None):
 
 def draw_curve(axes, name, curve):
     """Draw one Curve into a row of axes; returns its losses after the first fifth of training."""
-    best, worst = ([pick(at) for at in zip(*curve.losses, strict=True)] for pick in (min, max))
+    best, worst, mean = ([pick(at) for at in zip(*curve.losses.values(), strict=True)]
+                         for pick in (min, max, statistics.fmean))
     flops = [tokens * curve.flops_per_token for tokens in curve.tokens]
     for axis, at in zip(axes, (curve.tokens, flops, curve.seconds), strict=True):
-        line, = axis.plot(at, curve.loss, marker="o", markersize=3, label=name)
+        line, = axis.plot(at, mean, marker="o", markersize=3, label=name)
         if len(curve.losses) > 1:
             axis.fill_between(at, best, worst, color=line.get_color(), alpha=0.2, linewidth=0)
     late = sum(tokens < curve.tokens[-1] / 5 for tokens in curve.tokens)
     return best[late:] + worst[late:]
 
 def merge_evaluations(lines):
-    """Lines of an eval.jsonl → [(tokens, measures)], ascending. Where a checkpoint was evaluated
+    """Lines of an eval.jsonl → one per checkpoint, by tokens. Where a checkpoint was evaluated
     several times, the latest of the most complete evaluations counts."""
     at = {}
     for line in sorted(lines, key=lambda line: (line.get("limit") or math.inf,
                                                 line.get("val_tokens", 0))):
         at.setdefault(line["tokens"], {}).update(line)
-    return sorted(at.items())
+    return [at[tokens] for tokens in sorted(at)]
 
 def plot_tasks(path, evaluations):
     """Draw the paper's measures against training tokens, from {name: lines of its eval.jsonl}:
     PATH-averages (Figure 2) and PATH-tasks (Figures 7 to 9). Returns the paths written."""
-    plt, path = pyplot(), Path(path)
-    found = {name: merge_evaluations(lines) for name, lines in evaluations.items()}
-    titles = {**MEASURES, "task_perplexity": "mean ppl (LAMBADA, WikiText)",
-              "average_accuracy": "mean accuracy (5 tasks)"}
-    averages = ("perplexity", "task_perplexity", "average_accuracy")
+    averages = dict(perplexity="val ppl", task_perplexity="mean ppl (LAMBADA, WikiText)",
+                    average_accuracy="mean accuracy (5 tasks)")
     written = []
-    for which, measures, rows in (("averages", averages, 1), ("tasks", tuple(MEASURES), 2)):
-        columns = len(measures) // rows
-        figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 3 * rows),
-                                    layout="constrained")
-        for axis, measure in zip(axes.flat, measures, strict=True):
-            for name, lines in found.items():
-                points = [(tokens, line[measure]) for tokens, line in lines if measure in line]
-                axis.plot([tokens for tokens, _ in points], [value for _, value in points],
+    for which, titles, rows in (("averages", averages, 1), ("tasks", MEASURES, 2)):
+        columns = len(titles) // rows
+        figure, axes = new_figure(rows, columns, 3.4 * columns, 3 * rows)
+        for axis, (measure, title) in zip(axes.flat, titles.items(), strict=True):
+            for name, lines in evaluations.items():
+                found = [line for line in merge_evaluations(lines) if measure in line]
+                axis.plot([line["tokens"] for line in found], [line[measure] for line in found],
                           marker="o", markersize=3, label=name)
-            axis.set_title(titles[measure], fontsize=10)
-            axis.grid(alpha=0.3)
-            axis.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=""))
+            axis.set_title(title, fontsize=10)
+            count_axis(axis)
             if "acc" in measure:
-                axis.yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1, 1))
+                axis.yaxis.set_major_formatter("{x:.1%}")
         figure.supxlabel("training tokens", fontsize=10)
         axes.flat[0].legend(frameon=False)
-        written.append(save_figure(figure, path.with_stem(f"{path.stem}-{which}")))
+        stem = f"{Path(path).stem}-{which}"
+        written.append(save_figure(figure, Path(path).with_stem(stem)))
     return " ".join(written)
 
 def compare(runs, picture):
     """Print and draw the learning curves of runs (folders or logs), and their tasks."""
-    paths = dict(named([log_of(run) for run in runs]))
+    paths = dict(named(list(map(log_of, runs))))
     curves = read_curves({name: read_log(path) for name, path in paths.items()})
     print(learning_curves(curves))
     print(f"curves: {plot(picture, curves)}")
-    evaluations = {}
-    for name, path in paths.items():
-        if path.name == "log.jsonl" and path.with_name("eval.jsonl").is_file():
-            evaluations[name] = read_log(path.with_name("eval.jsonl"))
+    evaluations = {name: read_log(path.with_name("eval.jsonl")) for name, path in paths.items()
+                   if path.name == "log.jsonl" and path.with_name("eval.jsonl").is_file()}
     if any("/" in key for lines in evaluations.values() for line in lines for key in line):
         print(f"tasks: {plot_tasks(picture, evaluations)}")

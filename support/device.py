@@ -1,5 +1,6 @@
 """Where a command computes: the device, bfloat16, torch.compile, and memory on the CPU."""
 import ctypes
+from contextlib import suppress
 
 from support.runtime import LOCAL_RANK, UserError
 
@@ -8,10 +9,12 @@ import torch
 from support.kernels import gathered_dot
 
 def pick_device(name="auto"):
-    """The torch.device of a name. auto: CUDA, or MPS if it supports the sparse products, or the
-    CPU. Under torchrun, "cuda" is the GPU of this process. UserError: not available."""
-    if name == "auto":
-        name = _fastest()
+    """The torch.device of a name; "cuda" is this process's GPU. auto: CUDA, or MPS if it has the
+    sparse products, or the CPU. UserError: not available."""
+    if name == "auto" and torch.cuda.is_available():
+        name = "cuda"
+    elif name == "auto":
+        name = "mps" if torch.backends.mps.is_available() and _mps_works() else "cpu"
     try:
         device = torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
         if device.type not in ("cpu", "cuda", "mps"):
@@ -21,19 +24,13 @@ def pick_device(name="auto"):
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")  # TF32 for products in float32
     except (RuntimeError, AssertionError) as e:
-        hint = ""
-        if LOCAL_RANK:
-            hint = f"; there is no GPU for process {LOCAL_RANK}: use fewer --nproc_per_node"
         reason = str(e).splitlines()[0]
-        raise UserError(f"device={name!r} is not available here ({reason}){hint}") from e
+        if LOCAL_RANK:
+            reason += f"; process {LOCAL_RANK} needs a GPU of its own: lower --nproc_per_node"
+        raise UserError(f"device={name!r} is not available here ({reason})") from e
     if device.type == "cpu":
         keep_freed_memory()
     return device
-
-def _fastest():
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() and _mps_works() else "cpu"
 
 def _mps_works():
     try:
@@ -44,15 +41,13 @@ def _mps_works():
         return False
 
 def keep_freed_memory():
-    """Make glibc keep freed memory for the next allocation. By default it returns large blocks to
-    the kernel, which hands them out again zeroed, page by page: a tenth of a training step or more
-    at the 69M shapes. In exchange, resident memory stays at its peak."""
-    try:
+    """Make glibc keep freed memory. By default it returns large blocks to the kernel, which zeroes
+    them again page by page: a tenth of a training step or more at the 69M shapes. In exchange,
+    resident memory stays at its peak."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return  # another C library
-    mallopt(-4, 0)   # M_MMAP_MAX: take large blocks from the heap, too …
-    mallopt(-1, -1)  # M_TRIM_THRESHOLD: … and never shrink it
+        mallopt(-4, 0)   # M_MMAP_MAX: take large blocks from the heap, too …
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: … and never shrink it
 
 def uses_bf16(dtype, device):
     """Does the key dtype mean bfloat16 on this device?"""

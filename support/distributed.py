@@ -9,8 +9,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 class Ranks:
-    """The processes of a run, one per GPU; without torchrun just this one. Each process takes its
-    own rows of the global batch; whatever the processes share goes through these methods."""
+    """The processes of a run, one per GPU, and what they share; without torchrun just this one."""
     size, rank, first = WORLD_SIZE, RANK, RANK == 0
 
     def join(self, device):

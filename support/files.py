@@ -5,7 +5,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from support.runtime import UserError
+from support.runtime import UserError, explain
 
 import numpy as np
 
@@ -16,46 +16,30 @@ def atomic_write(path):
     UserError: the file cannot be written (full disk, read-only folder). The old file is then kept.
     """
     path, tmp = Path(path), Path(f"{path}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(tmp, "wb")
-    except OSError as e:
-        raise _failed(path, e) from e
-    try:
-        with file:
+        with open(tmp, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        _rename(tmp, path)
-    except (OSError, RuntimeError) as e:
-        # torch.save wraps the disk's error; one with a file name comes from reading something else
-        cause = e.__context__ if isinstance(e, RuntimeError) else e
-        if isinstance(cause, OSError) and cause.filename is None:
-            raise _failed(path, cause) from e
-        raise
-    finally:
-        tmp.unlink(missing_ok=True)
-
-def _rename(tmp, path):
-    try:
         os.replace(tmp, path)
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # so that the new name is on the disk, too
         os.close(folder)
-    except OSError as e:
-        raise _failed(path, e) from e
-
-def _failed(path, error):
-    return UserError(f"{path} can't be written ({error.strerror or error}); what was there before "
-                     "is kept; free some space or choose another folder")
+    except (OSError, RuntimeError) as e:
+        cause = e.__context__ if isinstance(e, RuntimeError) else e  # torch.save wraps the disk's
+        if not isinstance(cause, OSError) or cause.filename not in (None, str(tmp), str(path)):
+            raise  # from reading another file
+        raise UserError(f"{path} can't be written ({cause.strerror or cause}); what was there "
+                        "before is kept; free some space or choose another folder") from e
+    finally:
+        tmp.unlink(missing_ok=True)
 
 def lock_folder(folder, doing, key):
     """Create a folder and lock it. Returns a file descriptor: closing it releases the lock, and so
     does the end of the process. UserError: can't be made, or another process has locked it."""
-    try:
+    with explain(f"{folder} can't be made", f"choose another --{key}", OSError):
         Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{folder} can't be made ({e.strerror}); choose another --{key}") from e
     lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,6 @@
 """Fast paths: sparse products, TopK in stages, and heads whose loss comes with its gradient.
 
 Each function equals the plain formula in its docstring; the tests hold the two equal in float64.
-
 Shapes: N positions, d features, C concepts, V vocabulary.
 """
 import math
@@ -28,7 +27,6 @@ def normalize(h):
     std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(h.shape[-1] - 1)
     return centred / (std + 1e-5), mean, std
 
-# --------------------------------------------------------------------------------------------------
 # Sparse products. S is the (N, C) matrix with values[n, k] in column indices[n, k], else zero.
 
 def sparse_decode(top, weight):
@@ -38,14 +36,11 @@ def sparse_decode(top, weight):
 
 def embedding_sum(values, indices, weight):
     """Σ_k values[n, k] · weight[indices[n, k]]: values, indices (N, k), weight (C, d) → (N, d)."""
-    scale = values.to(weight.dtype)
-    return F.embedding_bag(indices, weight, mode="sum", per_sample_weights=scale)
+    return F.embedding_bag(indices, weight, mode="sum", per_sample_weights=values.to(weight.dtype))
 
 def gathered_dot(indices, weight, x):
     """(x @ weight.T) at the given columns only: indices (N, k), weight (C, d), x (N, d) → (N, k).
-
-    This is the gradient of an embedding bag for its weights; its kernel makes no (N, k, d) gather.
-    """
+    The kernel, an embedding bag's gradient for its weights, makes no (N, k, d) gather."""
     N, k = indices.shape
     first = torch.arange(0, N * k, k, device=x.device)
     bag = torch.arange(N, device=x.device).repeat_interleave(k)
@@ -55,11 +50,8 @@ def gathered_dot(indices, weight, x):
 
 def sparse_outer(top, x, n_rows):
     """S.T @ x: for each concept the sum of the x that kept it, each times its value:
-    values, indices (N, k), x (N, d) → (n_rows, d).
-
-    Sorted by concept, each row is an embedding bag over x: no atomics, so the result is
-    deterministic.
-    """
+    values, indices (N, k), x (N, d) → (n_rows, d). Sorted by concept, each row is an embedding bag
+    over x: no atomics, so the result is deterministic."""
     concept, order = top.indices.flatten().sort(stable=True)
     starts = torch.searchsorted(concept, torch.arange(n_rows, device=x.device))
     values = top.values.to(x.dtype).flatten()[order]
@@ -88,8 +80,7 @@ def topk(z, k, sorted=True):
     The k largest lie in the k groups of eight columns with the largest maxima. This same function
     finds those groups, one level down, until few are left. Groups are strided (of G groups, group g
     holds columns g, g + G, …), so their maxima take one pass over whole rows. sorted=False: in any
-    order. Among equal values any may be taken.
-    """
+    order. Among equal values any may be taken."""
     C = z.shape[-1]
     G = C // 8
     if C < 1024 or C % 8 or 4 * k > G:
@@ -100,7 +91,6 @@ def topk(z, k, sorted=True):
     values, at = z.gather(-1, columns).topk(k, sorted=sorted)
     return TopK(values, columns.gather(-1, at))
 
-# --------------------------------------------------------------------------------------------------
 # Linear heads. The (N, C) logits are only needed for their k largest, for a cross-entropy, or both.
 
 def linear_topk(x, weight, bias, k, labels=None):
@@ -111,8 +101,7 @@ def linear_topk(x, weight, bias, k, labels=None):
 
     x (..., d), weight (C, d), bias (C,) or None. Only a few rows of z exist at a time; their
     gradient is computed with them. The gradient through the kept values is sparse. Without labels
-    the loss is None.
-    """
+    the loss is None."""
     flat_labels = None if labels is None else labels.flatten(0, -2)
     values, indices, loss, _ = _Head.apply(
         x.flatten(0, -2), weight, bias, flat_labels, k, len(weight),
@@ -129,8 +118,7 @@ def linear_cross_entropy(x, weight, targets, n_valid=None, teacher=None, kd_weig
         loss = F.cross_entropy(z, targets) + kd_weight * kl
 
     Rows of weight from n_valid on are padding and take no part. kl is for the log; its gradient is
-    part of the loss's. Without a teacher kl is None. Chunked as in `linear_topk`.
-    """
+    part of the loss's. Without a teacher kl is None. Chunked as in `linear_topk`."""
     taught = (None, None) if teacher is None else (teacher.x.flatten(0, -2), teacher.weight)
     _, _, loss, kl = _Head.apply(
         x.flatten(0, -2), weight, None, targets.reshape(-1, 1), 0, n_valid or len(weight),
@@ -144,19 +132,16 @@ def chunk_rows(device, width):
 
 class _Head(torch.autograd.Function):
     """Logits in chunks: their TopK, their loss and its gradient, all computed in the forward."""
-
     @staticmethod
     def forward(ctx, x, weight, bias, labels, k, n_valid, teacher_x, teacher_weight, kd_weight,
-                grad):
-        # grad: whether gradients are wanted (grad mode is always off in here)
+                grad):  # whether gradients are wanted: grad mode is always off in here
         N, C = len(x), len(weight)
         ctx.set_materialize_grads(False)
         loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         kl = torch.zeros_like(loss)
         values = loss.new_empty(N, k)
         indices = torch.empty(N, k, dtype=torch.long, device=x.device)
-        wanted = [grad and labels is not None and t is not None and need
-                  for t, need in zip((x, weight, bias), ctx.needs_input_grad[:3], strict=True)]
+        wanted = [grad and labels is not None and need for need in ctx.needs_input_grad[:3]]
         grads = _Gradients(x, wanted, loss.dtype)
         if torch.is_autocast_enabled(x.device.type):
             low = torch.get_autocast_dtype(x.device.type)
@@ -191,7 +176,6 @@ class _Head(torch.autograd.Function):
                     _logits_gradient_(e, total, labels[chunk], p, kd_weight)
                     grads.add(chunk, e, 1 / (total * N), x, weight)
         ctx.save_for_backward(x, weight, indices, grads.x, grads.weight, grads.bias)
-        ctx.has_bias = bias is not None
         kl /= N
         ctx.mark_non_differentiable(indices, kl)
         return values, indices, loss / N + kd_weight * kl, kl
@@ -208,7 +192,7 @@ class _Head(torch.autograd.Function):
                 dx = _plus(dx, embedding_sum(grad_values, indices, weight))
             if ctx.needs_input_grad[1]:
                 dw = _plus(dw, sparse_outer(TopK(grad_values, indices), x, len(weight)))
-            if ctx.has_bias and ctx.needs_input_grad[2]:
+            if ctx.needs_input_grad[2]:
                 zeros = grad_values.new_zeros(len(weight))
                 db = _plus(db, zeros.index_add_(0, indices.flatten(), grad_values.flatten()))
         return dx, dw, db, *[None] * 7
@@ -225,8 +209,7 @@ def _softmax_loss_(z, largest, y):
 def _logits_gradient_(e, total, y, p, kd_weight):
     """e = total · softmax(z) becomes total · N · (d loss / d z) in place, with
 
-        d loss / d z = (softmax(z) - 1/m at the m labels + kd_weight · (softmax(z) - p)) / N
-    """
+        d loss / d z = (softmax(z) - 1/m at the m labels + kd_weight · (softmax(z) - p)) / N"""
     if p is not None:
         e *= 1 + kd_weight
         e[:, :p.shape[1]] -= kd_weight * total * p

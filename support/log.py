@@ -4,33 +4,32 @@ import math
 import os
 import sys
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
-from support.runtime import RANK, UserError
+from support.runtime import RANK, explain
 
 from tqdm import tqdm
 
-from support.files import lock_folder
+from support.files import atomic_write, lock_folder
 
 class Log:
     """log.jsonl: one JSON object per line, each with its step. Only process 0 writes it.
 
     Opened at `step`, it keeps the lines up to that step, so a resumed run has neither gaps nor
-    duplicates. A new run's lines are held back until `begin`, called after the first checkpoint is
-    saved; until then the folder is not changed. `also(line, step=…)`, if given, receives each line.
-    UserError: not writable, or another process trains in the folder.
+    duplicates. A new run changes the folder only at `begin`, after its first checkpoint is saved.
+    `also(line, step=…)`, if given, receives each line. UserError: not writable, or another process
+    trains in the folder.
     """
     def __init__(self, path, step=0, also=None):
         self.path, self.also, self.empty, self._pending = Path(path), also, False, None
         if RANK:
             return
         lock = lock_folder(self.path.parent, "training", "out_dir")
-        weakref.finalize(self, os.close, lock)
-        kept = []
-        if step and self.path.is_file():
-            kept = [line for line in read_log(self.path) if line.get("step", math.inf) <= step]
-        self.empty = not kept
-        self._pending = [self._text(line) for line in kept]
+        weakref.finalize(self, os.close, lock)  # the system releases it, too, if the process dies
+        kept = read_log(self.path) if step and self.path.is_file() else []
+        kept = [self._text(line) for line in kept if line.get("step", math.inf) <= step]
+        self.empty, self._pending = not kept, kept
         if step:
             self.begin()
 
@@ -43,12 +42,8 @@ class Log:
         """Replace the file by the pending lines; from now on `write` appends to it."""
         if RANK:
             return
-        tmp = self.path.with_suffix(".tmp")
-        try:
-            tmp.write_text("".join(self._pending))
-            os.replace(tmp, self.path)
-        except OSError as e:
-            raise self._failed(e) from e
+        with atomic_write(self.path) as file:
+            file.write("".join(self._pending).encode())
         self._pending = None
 
     def write(self, values):
@@ -59,31 +54,22 @@ class Log:
         if self._pending is not None:
             self._pending.append(self._text(values))
             return
-        try:
+        remedy = "free some space, then --resume continues from the last checkpoint"
+        with explain(f"{self.path} can't be written", remedy, OSError):
             with open(self.path, "a") as file:
                 file.write(self._text(values))
-        except OSError as e:
-            raise self._failed(e) from e
-
-    def _failed(self, error):
-        return UserError(f"{self.path} can't be written ({error.strerror}); free some space, then "
-                         "--resume continues from the last checkpoint")
 
 def read_log(path):
     """The lines of a log.jsonl as dicts, damaged ones skipped (a crash may cut off the last)."""
     lines = []
     for line in Path(path).read_text(errors="replace").splitlines():
-        try:
+        with suppress(ValueError):
             lines.append(json.loads(line))
-        except ValueError:
-            pass
     return [line for line in lines if isinstance(line, dict)]
 
 class SpikeDetector:
-    """Warn when a loss is more than six standard deviations and 5% above its running mean.
-
-    Mean and variance are over about the last 50 values. The first 20 never warn.
-    """
+    """Warns of a loss more than six standard deviations and 5% above its running mean. Mean and
+    variance are over about the last 50 values; the first 20 never warn."""
     def __init__(self):
         self.seen, self.mean, self.variance = 0, 0.0, 0.0
 

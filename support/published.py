@@ -8,7 +8,7 @@ import os
 import urllib.request
 from pathlib import Path
 
-from support.runtime import RANK, UserError
+from support.runtime import RANK, UserError, explain
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +32,7 @@ def download(sae, layer):
 # GPT-2
 
 def read_model(name):
-    """The content of a checkpoint with model_config, model and tokenizer_hash: of a run of ours, or
-    made from GPT-2's weights (see find_weights)."""
+    """model_config, model and tokenizer_hash of a run of ours or of GPT-2 (see find_weights)."""
     weights = find_weights(name)
     if weights is None:
         return load_checkpoint(name, ("model_config", "model", "tokenizer_hash"))
@@ -44,49 +43,38 @@ def find_weights(name):
     """The file of GPT-2 weights: "gpt2" (124M, from the hub), a folder or a file. None: `name` is
     something else, a run of ours."""
     path = Path(name)
-    if name.startswith("gpt2") and not path.exists():
-        if name == "gpt2":
-            return fetch_gpt2()
-        if name.startswith("gpt2-"):
-            raise UserError(f"{name!r}: only gpt2 is fetched by name; download the files of "
-                            f"openai-community/{name} and name their folder")
-    for file in ("pytorch_model.bin", "model.safetensors"):
-        if (path / file).is_file():
-            return path / file
+    if name == "gpt2" and not path.exists():
+        return fetch_gpt2()
+    if name.startswith("gpt2-") and not path.exists():
+        raise UserError(f"{name!r}: only gpt2 is fetched by name; download the files of "
+                        f"openai-community/{name} and name their folder")
+    for file in (path / "pytorch_model.bin", path / "model.safetensors"):
+        if file.is_file():
+            return file
     return path if path.suffix in (".bin", ".safetensors") else None
 
 def fetch_gpt2():
     """The path of GPT-2 124M's weights in the hub's cache, downloaded if necessary."""
-    try:
+    remedy = (f"{ONLINE}, or copy its pytorch_model.bin here and name the folder: "
+              "--concept_model=FOLDER (eval.py: --model=FOLDER)")
+    with explain("GPT-2 can't be fetched", remedy, Exception):
         import huggingface_hub as hub
-    except ImportError as e:
-        raise UserError("fetching GPT-2 needs huggingface_hub: pip install datasets") from e
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # do not print its retries
-    if isinstance(cached := hub.try_to_load_from_cache(*GPT2), str):
-        return Path(cached)
-    try:
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # do not print its retries
+        if isinstance(cached := hub.try_to_load_from_cache(*GPT2), str):
+            return Path(cached)
         hub.get_hf_file_metadata(hub.hf_hub_url(*GPT2))  # fails at once without a network
         return Path(hub.hf_hub_download(*GPT2))
-    except Exception as e:  # of many kinds
-        raise UserError(f"GPT-2 can't be fetched ({type(e).__name__}); {ONLINE}, or copy "
-                        "pytorch_model.bin of openai-community/gpt2 to this machine and name its "
-                        "folder: --concept_model=FOLDER (eval.py: --model=FOLDER)") from e
 
 def read_gpt2(path):
     """(settings for ModelConfig, state dict of a GPT) from a file of GPT-2 weights of any size."""
     content = _read_weights(path)
-    try:
-        vocab_size, d = next(t.shape for n, t in content.items() if n.endswith("wte.weight"))
-        if d % 64:
-            raise ValueError(f"a width of {d} is not a multiple of 64")
+    with explain(f"{path}: not GPT-2's weights", "name another file"):
         state = gpt2_state(content)
+        vocab_size, d = next(t.shape for n, t in content.items() if n.endswith("wte.weight"))
         n_layer = 1 + max(int(n.split(".")[1]) for n in state if n.startswith("h."))
         block_size = len(state["wpe.weight"])
-        if len(state) != 4 + 12 * n_layer:
-            raise ValueError(f"{len(state)} tensors for {n_layer} blocks")
-    except (AttributeError, KeyError, StopIteration, ValueError) as e:
-        reason = f"{type(e).__name__}: {str(e) or 'no wte.weight'}"
-        raise UserError(f"{path}: not GPT-2's weights ({reason})") from e
+        if d % 64 or len(state) != 4 + 12 * n_layer:
+            raise ValueError(f"{len(state)} tensors for {n_layer} blocks of width {d}")
     return dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=d // 64,
                 n_embd=d), state  # GPT-2's heads have 64 features at every size
 
@@ -105,19 +93,12 @@ def gpt2_state(content):
     return state
 
 def _read_weights(path):
-    if not path.is_file():
-        raise UserError(f"no weights at {path}")
     if path.suffix != ".safetensors":
         return read_tensors(path, "weights")
-    try:
+    remedy = "is it complete, and safetensors installed? (pip install safetensors)"
+    with explain(f"{path} can't be read as weights", remedy, Exception):
         from safetensors.torch import load_file
         return load_file(path)
-    except ImportError as e:
-        raise UserError(f"{path} needs the safetensors package (pip install safetensors); or use "
-                        "pytorch_model.bin instead") from e
-    except Exception as e:
-        raise UserError(f"{path} can't be read as weights ({type(e).__name__}): cut short or "
-                        "damaged") from e
 
 # --------------------------------------------------------------------------------------------------
 # Sparse autoencoders, in the layout of openai/sparse_autoencoder
@@ -132,42 +113,34 @@ def find_sae(name, layer):
         return fetch_sae(name, layer)
     path = Path(name) / "sae.pt" if Path(name).is_dir() else Path(name)
     if not path.is_file():
-        raise UserError(f"no SAE at {path}; train one: python sae.py config/stdlib_sae.py, or use "
-                        "--sae=openai for GPT-2")
+        raise UserError(f"no SAE at {path}; train one (sae.py), or use --sae=openai for GPT-2")
     return path
 
 def read_info(path):
     """The sae.json next to an SAE of ours; {} where there is none (a published file)."""
     path = Path(path).with_suffix(".json")
-    try:
+    with explain(f"{path} is damaged", "train the SAE again"):
         return dict(**json.loads(path.read_text())) if path.is_file() else {}
-    except (ValueError, TypeError) as e:
-        raise UserError(f"{path} is damaged; train the SAE again") from e
 
 def load_sae(name, layer, d, gpt):
     """(state dict, k) of an SAE for hidden states of width d after block `layer` of gpt (or None).
     UserError: missing, damaged, of another width or layer, trained on another model."""
     path = find_sae(name, layer)
     info = {} if name in SIZES else read_info(path)
-    if info.get("concept_layer", layer) != layer:
-        raise UserError(f"{path} was trained on layer {info['concept_layer']}, not on "
-                        f"concept_layer={layer}; set --concept_layer={info['concept_layer']}")
-    trained_on = info.get("concept_model_hash")
+    trained_on, at = info.get("concept_model_hash"), info.get("concept_layer", layer)
+    if at != layer:
+        raise UserError(f"{path} was trained on layer {at}; set --concept_layer={at}")
     if trained_on and gpt is not None and trained_on != model_hash(gpt):
         raise UserError(f"{path} was trained on another concept model ({info['concept_model']} as "
-                        "it was then); train it again: python sae.py --concept_model=…")
+                        "it was then); train it again with sae.py")
     state, k = read_sae(read_tensors(path, "an SAE"), path)
-    width = state["encoder"].shape[1]
-    if width != d:
-        raise UserError(f"{path} is for hidden states of width {width}, but the concept model's "
-                        f"have {d}; train one: python sae.py --concept_model=…")
+    if (width := state["encoder"].shape[1]) != d:
+        raise UserError(f"{path} has width {width}, but the hidden states have {d}; train another")
     return state, k
 
 def read_sae(content, path):
     """(state dict of an SAE, k) from the content of a file in the published layout."""
-    try:
-        if not isinstance(content, dict):
-            raise TypeError(f"a {type(content).__name__}")
+    with explain(f"{path} is not an SAE in the published layout", "name another file"):
         settings = dict(content.get("activation_state_dict", {}))
         activation, k = content["activation"], int(settings.get("k", 0))
         state = {ours: content[theirs] for ours, theirs in NAMES.items()}
@@ -178,12 +151,8 @@ def read_sae(content, path):
         for name, t in state.items():
             if tuple(t.shape) != shapes[name]:
                 raise ValueError(f"{NAMES[name]} has the shape {tuple(t.shape)}")
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f"{path} is not an SAE in the published layout ({type(e).__name__}: {e})"
-                        ) from e
     if activation != "TopK" or settings.get("postact_fn", "ReLU") != "ReLU":
-        raise UserError(f"{path} holds a {activation} autoencoder with "
-                        f"{settings.get('postact_fn')}; only TopK with ReLU is supported")
+        raise UserError(f"{path}: a {activation} autoencoder, {settings}; only TopK with ReLU runs")
     if not 1 <= k <= n_concepts:
         raise UserError(f"{path}: k={k} of {n_concepts} concepts is impossible")
     if not all(t.isfinite().all() for t in state.values()):
@@ -198,13 +167,10 @@ def sae_file(sae):
     return content | dict(activation="TopK", activation_state_dict=dict(k=sae.k, postact_fn="ReLU"))
 
 def fetch_sae(name, layer):
-    """The path of a published SAE in $COCOMIX_CACHE or ~/.cache/cocomix, downloaded if necessary.
-
-    The file appears there complete and of the right shape, or not at all.
-    """
-    if not 0 <= layer < 12:
-        raise UserError(f"sae={name!r} is published for the 12 layers of GPT-2 124M: "
-                        f"concept_layer={layer} is not from 0 to 11")
+    """The path of a published SAE in $COCOMIX_CACHE or ~/.cache/cocomix, downloaded if necessary:
+    complete and of the right shape, or not at all."""
+    if not 0 <= layer < 12:  # of GPT-2 124M
+        raise UserError(f"sae={name!r}: concept_layer={layer} is not from 0 to 11")
     size, n_concepts = SIZES[name]
     url = SAE_URL.format(size=size, layer=layer)
     folder = Path(os.environ.get("COCOMIX_CACHE", Path.home() / ".cache" / "cocomix"))
@@ -218,8 +184,8 @@ def fetch_sae(name, layer):
         _download(url, part)
         state, _ = read_sae(read_tensors(part, f"the SAE of {url}"), url)
         if (shape := tuple(state["encoder"].shape)) != (n_concepts, 768):
-            raise UserError(f"{url} returned an SAE of shape {shape}; ({n_concepts}, 768) was "
-                            f"expected; {remedy}")
+            raise ValueError(f"{url} returned an SAE of shape {shape}; ({n_concepts}, 768) was "
+                             "expected")
         part.rename(path)
     except (OSError, ValueError, http.client.HTTPException) as e:
         raise UserError(f"the SAE can't be fetched ({type(e).__name__}: {e}); {remedy}") from e
@@ -228,13 +194,10 @@ def fetch_sae(name, layer):
     return path
 
 def _download(url, path):
-    """Download a file and compare its size and MD5 with what the server announces."""
+    """Download a file and compare its MD5 with the one that the server announces."""
     with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=30) as answer:
-        size, md5 = answer.headers["Content-Length"], answer.headers["Content-MD5"]
+        announced = answer.headers["Content-MD5"]
     torch.hub.download_url_to_file(url, str(path), progress=RANK == 0)
-    content = path.read_bytes()
-    if size and len(content) != int(size):
-        raise OSError(f"{len(content)} of {size} bytes arrived")
-    digest = hashlib.md5(content, usedforsecurity=False).digest()
-    if md5 and md5 != base64.b64encode(digest).decode():
+    digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).digest()
+    if announced and announced != base64.b64encode(digest).decode():
         raise OSError("its MD5 is not the one the server announces")

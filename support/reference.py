@@ -16,8 +16,6 @@ only. tests/test_reference.py holds the two equal in float64, and both to the of
 
 Shapes: B sequences, T tokens, d features, C concepts, V vocabulary.
 """
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
@@ -61,19 +59,14 @@ def sae_encode(sae, x):
     values, indices = c_pre.topk(sae.k)
     return torch.zeros_like(c_pre).scatter(-1, indices, values.relu())
 
-def sae_decode(sae, c, mean, std):
-    """c (…, C) → reconstructed hidden states (…, d) = (W_dec c + b_pre) · σ + μ."""
-    return (c @ sae.decoder + sae.pre_bias) * std + mean  # row i of sae.decoder is W_dec,i
-
 def attribution(sae, c, grad):
     """Step 2: a (…, C). This is the official code's form; eq. 1 has c_pre in place of c."""
-    return c * (grad @ sae.decoder.T)
+    return c * (grad @ sae.decoder.T)  # row i of sae.decoder is W_dec,i
 
 def concept_attribution(gpt, sae, layer, idx, targets):
     """Steps 1 and 2: tokens and targets (B, T) → a (B, T, C). h_con is the output of block `layer`.
-
-    Like the official code, this runs a full backward: where the weights of gpt require gradients,
-    they accumulate them; where those of sae do, a keeps its graph."""
+    A full backward, as in the official code: weights of gpt that require gradients accumulate them;
+    where those of sae do, a keeps its graph."""
     h = run_blocks(gpt, embed(gpt, idx), 0, layer + 1)
     h.requires_grad_().retain_grad()
     logits = head(gpt, run_blocks(gpt, h, layer + 1, len(gpt.h)))
@@ -103,53 +96,19 @@ def continuous_concept(mixer, z, h):
     _, mean, std = normalize(h)
     return (kept @ mixer.compress + mixer.compress_bias + mixer.pre_bias) * std + mean
 
-def hidden_vector(mixer, h, labels):
-    """An ablation: predict h_con in place of concepts. (ĉ or None, the loss or None)."""
-    x, mean, std = normalize(h)
-    g, loss = mixer.predict(x - mixer.pre_bias), None
-    if labels is not None:
-        loss = {"l1": (g - labels).abs().mean(), "l2": ((g - labels) ** 2).mean(),
-                "cos": (1 - F.cosine_similarity(g, labels, dim=-1)).mean()}[mixer.distance]
-    c = (mixer.compress(g) + mixer.pre_bias) * std + mean if mixer.mixes else None
-    return c, loss
-
-def mix(h, c, how):
-    """Step 6: bring ĉ (B, T, d) into the hidden states h (B, T, d)."""
-    if how == "none":
-        return h
-    if how == "add":
-        return h + c
-    second = h + c if how == "interleave_residual" else c
-    return torch.stack((h, second), dim=2).flatten(1, 2)  # (B, 2T, d)
-
-def forward(model, idx, labels=None, scale=1.0):
-    """Tokens (B, T) → (logits (B, T, V), L_concept or None). labels (B, T, attr_k); scale (C,)
-    multiplies the concept logits before TopK (steering)."""
-    config, c, loss = model.config, None, None
-    h = run_blocks(model, embed(model, idx), 0, config.insert_at)
-    if config.insert == "concept":
-        z = concept_logits(model.mixer, h)
-        loss = None if labels is None else concept_loss(z, labels)
-        c = None if config.mix == "none" else continuous_concept(model.mixer, z * scale, h)
-    elif config.insert == "hidden":
-        c, loss = hidden_vector(model.mixer, h, labels)
-    elif config.insert == "pause":  # a baseline: one learned vector
-        c = model.mixer.vector.expand_as(h)
-    x = h if config.insert == "none" else mix(h, c, config.mix)
-    x = run_blocks(model, x, config.insert_at, config.n_layer)
-    if config.interleaved:
-        x = x[:, 1::2]  # the ĉ positions
-    return head(model, x), loss
-
-class Step(NamedTuple):
-    total: torch.Tensor        # what is minimised
-    next_token: torch.Tensor
-    concept: torch.Tensor
-    attribution: torch.Tensor  # (B, T, C)
+def forward(model, idx, labels):
+    """Steps 4 to 6: tokens (B, T), labels (B, T, attr_k) → (logits (B, T, V), L_concept)."""
+    h = run_blocks(model, embed(model, idx), 0, model.config.insert_layer)
+    z = concept_logits(model.mixer, h)
+    loss = concept_loss(z, labels)
+    c = continuous_concept(model.mixer, z, h)
+    x = torch.stack((h, c), dim=2).flatten(1, 2)  # (B, 2T, d)
+    x = run_blocks(model, x, model.config.insert_layer, len(model.h))
+    return head(model, x[:, 1::2]), loss  # read at the ĉ positions
 
 def step_losses(model, gpt, sae, layer, idx, targets, attr_k=4, concept_weight=0.1):
-    """Step 7, and all before it: tokens and targets (B, T) → Step."""
+    """Steps 1 to 7: tokens and targets (B, T) → (total, next-token loss, L_concept, a)."""
     a = concept_attribution(gpt, sae, layer, idx, targets)
     logits, concept = forward(model, idx, choose_labels(a, attr_k))
     next_token = next_token_loss(logits, targets)
-    return Step(next_token + concept_weight * concept, next_token, concept, a)
+    return next_token + concept_weight * concept, next_token, concept, a

@@ -1,6 +1,5 @@
 """Showing a run's concepts: a table, an HTML report, the column norms of the compress matrix."""
 import json
-from dataclasses import fields
 from pathlib import Path
 
 from support.runtime import UserError
@@ -8,8 +7,8 @@ from support.runtime import UserError
 import numpy as np
 import torch
 
-from support.concept_index import CONTEXTS, EDGES, NAME, describe, find, used
-from support.curves import picture_path, pyplot, save_figure
+from support.concept_index import CONTEXTS, EDGES, NAME, describe, find, texts, used
+from support.curves import new_figure, picture_path, save_figure
 from support.files import atomic_write
 from support.tokens import Batches, tokens_of_run
 
@@ -22,8 +21,8 @@ def check_arguments(cfg, rest, argv, label_keys):
         raise UserError("--plot draws the norms that --weights prints: give both")
     if cfg.write_labels and rest:
         raise UserError(f"--write_labels takes a config file of train.py, not {rest[0]!r}")
-    changed = [f.name for f in fields(cfg) if f.name in label_keys and f.name != "device"
-               and getattr(cfg, f.name) != f.default]
+    changed = [name for name in label_keys if name != "device"
+               and getattr(cfg, name) != getattr(type(cfg), name)]
     if changed and not (cfg.write_labels or cfg.download):
         files = [arg for arg in argv if arg.endswith(".py") and not arg.startswith("-")]
         raise UserError(f"{files[0] if files else '--' + changed[0]} is for --write_labels; the "
@@ -34,24 +33,22 @@ def check_run(content, weights):
     insert, mix = content["model_config"]["insert"], content["model_config"]["mix"]
     if insert != "concept" or weights and mix == "none":
         missing = "compress matrix" if insert == "concept" else "concepts"
-        method = content["train_config"]["method"]
-        raise UserError(f"a run of method={method!r}, mix={mix!r} has no {missing}; name a cocomix "
-                        "run")
+        raise UserError(f"a run of method={content['train_config']['method']!r}, mix={mix!r} has "
+                        f"no {missing}; name a cocomix run")
 
 def show_index(path, content, model, tokenizer, index, cfg, concept_model):
     """Print the concepts of the run at `path`: the cfg.top best matches for the words cfg.find, or
     without words the most used ones and where the HTML report is, with cfg.pages concepts."""
     entries = [describe(index, concept, tokenizer) for concept in used(index)]
     if cfg.find is not None:
-        matches = find(entries, cfg.find)
+        matches = find(entries, cfg.find)[:min(cfg.top, 10)]
         if not matches:
-            raise UserError(f"find={cfg.find!r}: no concept matches these words; try a part of "
-                            "one, or a token such as return")
-        return print_table(index, matches[:min(cfg.top, 10)])
+            raise UserError(f"find={cfg.find!r}: no concept matches; try a part of one word")
+        return print_table(index, matches)
     print_table(index, entries[:cfg.top])
-    run, report = Path(path).parent, Path(path).parent / "concepts.html"
-    some_passages = passages(content, model, concept_model, tokenizer)
-    write_report(report, str(run), index, entries[:cfg.pages], some_passages)
+    report = Path(path).with_name("concepts.html")
+    write_report(report, str(report.parent), index, entries[:cfg.pages],
+                 passages(content, model, concept_model, tokenizer))
     print(f"\nreport: {report}")
 
 def print_table(index, entries):
@@ -61,10 +58,9 @@ def print_table(index, entries):
     print(f"{'concept':>8} {'label at':>9} {'predicted':>9} {'‖W‖':>6}  "
           "current tokens  →  typical next tokens")
     for e in entries:
-        current = " ".join(repr(token) for token, *_ in e["current"][:5])
-        following = " ".join(repr(token) for token, *_ in e["next"][:5])
         print(f"{e['id']:8} {e['labelled'] / index.tokens:9.2%} "
-              f"{e['predicted'] / index.tokens:9.2%} {e['norm']:6.2f}  {current}  →  {following}")
+              f"{e['predicted'] / index.tokens:9.2%} {e['norm']:6.2f}  "
+              f"{texts(e['current'])}  →  {texts(e['next'])}")
 
 @torch.no_grad()
 def passages(content, model, concept_model, tokenizer, n=4, length=96):
@@ -77,11 +73,10 @@ def passages(content, model, concept_model, tokenizer, n=4, length=96):
     found = []
     for row in zip(x.tolist(), top.indices.tolist(), top.values.tolist(), labels.tolist(),
                    strict=True):
-        passage = []
+        found.append([])
         for token, concepts, logits, label in zip(*row, strict=True):
             predicted = [[i, round(z, 2)] for i, z in zip(concepts, logits, strict=True)]
-            passage.append([tokenizer.decode([token]), predicted[:concept_model.attr_k], label])
-        found.append(passage)
+            found[-1].append([tokenizer.decode([token]), predicted[:concept_model.attr_k], label])
     return found
 
 def write_report(path, run, index, entries, some_passages):
@@ -104,7 +99,7 @@ def show_weights(norms, plot=None, bins=20, unused=1e-2):
     print(f"{(norms < unused).mean():.1%} of {len(norms):,} columns are shorter than {unused}; "
           f"median {np.median(norms):.3f}")
     if plot:
-        figure, axis = pyplot().subplots(figsize=(5, 3.5), layout="constrained")
+        figure, axis = new_figure(1, 1, 5, 3.5)
         axis.hist(norms, bins=50, range=(0, edges[-1]))
         axis.set(xlabel="norm of a concept's column of W", ylabel="concepts")
         save_figure(figure, plot)

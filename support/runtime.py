@@ -4,12 +4,12 @@ A script imports this module before torch: Ctrl-C then ends it without a traceba
 importing, and OpenMP reads the variable set below when torch loads it.
 """
 import functools
-import math
 import os
 import re
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,6 +20,15 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 class UserError(Exception):
     """An error the user can fix: one line with what is wrong, the value and the remedy."""
+
+@contextmanager
+def explain(what, remedy, kinds=(AttributeError, KeyError, TypeError, ValueError)):
+    """`with explain(…)`: an error of these kinds becomes a UserError: what, the reason, remedy."""
+    try:
+        yield
+    except kinds as e:
+        reason = (str(e).splitlines() or ["no details"])[-1].strip()
+        raise UserError(f"{what}: {type(e).__name__}: {reason}; {remedy}") from e
 
 def _from_torchrun(name, default):
     text = os.environ.get(name, default)
@@ -48,6 +57,8 @@ if _is_our_script() and signal.getsignal(signal.SIGINT) is signal.default_int_ha
 # --------------------------------------------------------------------------------------------------
 # Running a command
 
+LOST = "no connection to another process of this run"
+
 def run(main):
     """Run main(argv) as a command. An error the user can fix ends in one line, exit status 1."""
     if signal.getsignal(signal.SIGINT) is _exit_at_once:
@@ -61,8 +72,8 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, AssertionError, OSError, MemoryError, RuntimeError) as e:
-        message = _explain(e)
-        if LOCAL_RANK or _lost_connection(e):
+        message = _message(e)
+        if LOCAL_RANK or (message or "").startswith(LOST):
             # An error common to all processes is printed once: torchrun stops this process first.
             time.sleep(2 + LOCAL_RANK)
             print(file=sys.stderr)  # end the line of another process's progress bar
@@ -74,37 +85,19 @@ def run(main):
         sys.exit("error: " + " ".join(message.split()))
     sys.exit(status)
 
-def _explain(error):
+def _message(error):
     """The message for the user, or None for a bug, which needs its traceback."""
-    text = str(error)
-    first_line = (text.splitlines() or ["no details"])[0]
-    if _out_of_memory(error):
+    text, internal = str(error), isinstance(error, RuntimeError)
+    first_line = text.splitlines()[0] if text else "no details"
+    no_memory = internal and re.search("out of memory|can't allocate memory", text)
+    if no_memory or isinstance(error, MemoryError):
         return ("out of memory: a smaller --micro_batch_size (or --batch_size) needs less "
                 f"({first_line})")
-    if _lost_connection(error):
-        return ("no connection to another process of this run; if it failed, it printed why "
-                f"({first_line})")
-    if isinstance(error, RuntimeError):
-        return None
-    if isinstance(error, AssertionError):
-        return text or None
+    if WORLD_SIZE > 1 and internal and re.search("gloo|NCCL|socket", text):
+        return f"{LOST}; if it failed, it printed why ({first_line})"
     if isinstance(error, OSError) and error.filename:
         return f"{error.strerror or error}: {error.filename}"
-    return text
-
-def _out_of_memory(error):
-    if isinstance(error, RuntimeError):
-        return bool(re.search("out of memory|can't allocate memory", str(error)))
-    return isinstance(error, MemoryError)
-
-def _lost_connection(error):
-    return (WORLD_SIZE > 1 and isinstance(error, RuntimeError) and not _out_of_memory(error)
-            and bool(re.search("gloo|NCCL|socket", str(error))))
-
-def check_finite(name, value, step, remedy):
-    """UserError if a number is NaN or infinite."""
-    if not math.isfinite(value):
-        raise UserError(f"{name} is {value} at step {step}: not finite; {remedy}")
+    return None if internal else text or None
 
 def progress(total, what, unit="it", disable=False, **kwargs):
     """The progress bar. Without a terminal it writes a line every ten seconds."""
@@ -118,10 +111,8 @@ def progress(total, what, unit="it", disable=False, **kwargs):
 
 class Stop:
     """`with Stop() as stop`: Ctrl-C and SIGTERM set stop.signal, so that the loop can save and end.
-
-    A second signal ends the process at once; not under torchrun, which sends its processes a second
-    one itself and kills them after 30 s.
-    """
+    A second signal ends the process at once; not under torchrun, which sends a second one itself
+    and kills its processes after 30 s."""
     def __enter__(self):
         self.signal = None
         self._before = {number: signal.signal(number, self._handle)

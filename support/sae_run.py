@@ -1,109 +1,82 @@
-"""What surrounds the SAE's training loop: data, resuming, log, checkpoints, the final report."""
+"""What surrounds the SAE's training loop: data, log, checkpoints, the final report."""
 import json
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 
-from support.runtime import UserError, check_finite, progress
+from support.runtime import UserError
 
 import torch
 
 from support import published
 from support.activations import HiddenStates, hidden_states
-from support.checkpoint import load_checkpoint, load_optimizer, model_hash, save_checkpoint
-from support.cli import check_unchanged
+from support.checkpoint import load_optimizer, model_hash, save_checkpoint
 from support.files import atomic_write
 from support.kernels import linear_cross_entropy, normalize
-from support.log import Log, SpikeDetector
+from support.log import Log
 from support.tokens import Batches, check_tokenizer, load_meta, load_tokens, sequential
+from support.training import Run
 
-# keys that may change on resume
-FREE = ("out_dir", "log_interval", "save_interval", "device", "resume")
+class SAERun(Run):
+    """A run of sae.py: its hidden states, where it is, its log and files."""
+    title, file, config = "SAE", "sae_ckpt.pt", "sae_config"
+    needs = "sae_config", "sae", "optimizer", "step", "seconds"
+    free = "out_dir", "log_interval", "save_interval", "device", "resume"  # may change on resume
 
-class SAERun:
-    """A run of sae.py: its hidden states, where it is, its log and files.
-
-    UserError: keys that do not fit, a folder with another run, a loss or weight that is not finite.
-    """
     def __init__(self, cfg, gpt, tokenizer, device):
-        if not cfg.out_dir.strip():
-            raise UserError("out_dir is empty: name a folder, such as --out_dir=out/sae")
         if cfg.k > cfg.n_concepts:
             raise UserError(f"k={cfg.k} latents cannot be kept of n_concepts={cfg.n_concepts}")
-        self.cfg, self.gpt, self.device, self.out = cfg, gpt, device, Path(cfg.out_dir)
-        self.checkpoint = self.out / "sae_ckpt.pt"
+        super().__init__(cfg, max(1, cfg.max_tokens // cfg.batch_size), cfg.batch_size)
+        self.gpt, self.device = gpt, device
         check_tokenizer(cfg, load_meta(cfg.dataset), tokenizer, gpt)
         self.block_size = T = cfg.block_size or gpt.config.block_size
         batches = Batches(load_tokens(cfg.dataset, "train"), T, max(1, 8192 // T),
                           gpt.config.vocab_size, cfg.seed)
         self.states = HiddenStates(gpt, cfg, batches, device)
-        self.steps = max(1, cfg.max_tokens // cfg.batch_size)
         self.dead_tokens = cfg.dead_tokens
         if self.dead_tokens is None:
             self.dead_tokens = min(10_000_000, self.steps * cfg.batch_size // 20)
-        self.step, self.seconds, self.losses, self.spikes = 0, 0.0, [], SpikeDetector()
 
     def attach(self, sae, optimizer):
-        """What to train. Resumes both from out_dir's checkpoint, if there is one."""
-        self.sae, self.optimizer, self.finished = sae, optimizer, False
-        if self.checkpoint.is_file():
-            if not self.cfg.resume:
-                raise UserError(f"{self.out} already holds an SAE run; --resume continues it, "
-                                "--out_dir=… starts another")
-            content = load_checkpoint(self.checkpoint,
-                                      ("sae_config", "sae", "optimizer", "step", "seconds"))
-            check_unchanged(content["sae_config"], asdict(self.cfg), self.checkpoint, FREE)
-            sae.load_state_dict(content["sae"])
-            load_optimizer(optimizer, content, self.checkpoint)
-            self.step, self.seconds = content["step"], content["seconds"]
-        path = self.out / "sae.pt"
-        if self.step >= self.steps and path.is_file():
-            self.finished = True
+        """What to train. Resumes both, if there is a checkpoint, and opens the log."""
+        self.sae, self.optimizer, path = sae, optimizer, self.out / "sae.pt"
+        if self.content is not None:
+            sae.load_state_dict(self.content["sae"])
+            load_optimizer(optimizer, self.content, self.checkpoint)
+        self.finished = self.step >= self.steps and path.is_file()
+        if self.finished:
             print(f"{self.out}: already trained ({self.step} steps); "
                   f"{summary(published.read_info(path))}")
+        else:
+            self.log = Log(self.out / "log.jsonl", self.step)
 
     @contextmanager
     def start(self):
-        """`with run.start()`: the log is open, the bar is shown, the clock runs."""
-        self.log, total = Log(self.out / "log.jsonl", self.step), self.steps * self.cfg.batch_size
-        with progress(total, "SAE", "tok", initial=self.step * self.cfg.batch_size,
-                      unit_scale=True) as self.bar:
+        with super().start():
             if self.step == 0:
                 self.save()
                 self.log.begin()
-            self.started = time.perf_counter() - self.seconds
             yield
 
     def advance(self, fvu, aux, top, stopping):
         """One optimizer step was taken; log and save where that is due."""
-        self.losses.append(fvu + aux)
-        self.step += 1
-        self.bar.update(self.cfg.batch_size)
-        last = self.step == self.steps
-        logging = self.step % self.cfg.log_interval == 0 or last
-        saving = self.step % self.cfg.save_interval == 0 or last or stopping
+        super().advance(fvu + aux)
+        logging = self.step % self.cfg.log_interval == 0 or self.last
+        saving = self.step % self.cfg.save_interval == 0 or self.last or stopping
         if logging or saving:
-            self.seconds = time.perf_counter() - self.started
+            self.seconds += self.lap()
             self._report(fvu, aux, top, logging)
         if saving:
             self.save()
 
     def _report(self, fvu, aux, top, logging):
-        remedy = f"a learning_rate below {self.cfg.learning_rate} may help"
-        good = f"the last good checkpoint is {self.checkpoint}; {remedy}"
-        first = self.step - len(self.losses) + 1
-        for step, loss in enumerate(torch.stack(self.losses).tolist(), first):
-            check_finite("the SAE's loss", loss, step, good)
-        for name, p in self.sae.named_parameters():
-            check_finite(f"the SAE's weight {name}", p.abs().max().item(), self.step, good)
+        self.check_steps("the SAE's loss")
+        self.check_weights(self.sae)
         dead = (self.sae.since_active >= self.dead_tokens).float().mean().item()
-        line = dict(step=self.step, tokens=self.step * self.cfg.batch_size, fvu=fvu.item(),
-                    aux=aux.item(), l0=(top.values > 0).float().sum(-1).mean().item(),
-                    dead_share=dead, seconds=self.seconds)
-        self.spikes.update("FVU", line["fvu"], self.step, remedy)
-        self.losses = []
+        line = dict(step=self.step, tokens=self.tokens, fvu=fvu.item(), aux=aux.item(),
+                    l0=(top.values > 0).float().sum(-1).mean().item(), dead_share=dead,
+                    seconds=self.seconds)
+        self.spikes.update("FVU", line["fvu"], self.step, self.remedy)
         if logging:
             self.log.write(line)
         self.bar.set_postfix_str(f"FVU {line['fvu']:.3f} dead {dead:.1%}")
@@ -116,17 +89,16 @@ class SAERun:
     def end(self):
         """Evaluate the SAE, write sae.json and, last, sae.pt; warn if it is degenerate."""
         cfg = self.cfg
+        val = load_tokens(cfg.dataset, "val")[:cfg.eval_tokens + 1]
         info = dict(concept_model=cfg.concept_model, concept_model_hash=model_hash(self.gpt),
                     concept_layer=cfg.concept_layer, dataset=cfg.dataset,
                     n_concepts=cfg.n_concepts, k=cfg.k, tokens=self.steps * cfg.batch_size,
                     seconds=round(self.seconds, 1), dead_tokens=self.dead_tokens)
-        val = load_tokens(cfg.dataset, "val")[:cfg.eval_tokens + 1]
         info |= report(self.sae, self.gpt, cfg.concept_layer, val, self.block_size, self.device,
                        self.dead_tokens)
         with atomic_write(self.out / "sae.json") as file:
             file.write(json.dumps(info, indent=1).encode() + b"\n")
-        with atomic_write(self.out / "sae.pt") as file:
-            torch.save(published.sae_file(self.sae), file)
+        save_checkpoint(self.out / "sae.pt", **published.sae_file(self.sae))
         print(f"{self.out}: {summary(info)}")
         if problem := degenerate(info):
             print(f"warning: this SAE is degenerate: {problem}. Its FVU of {info['fvu']:.3f} does "
@@ -173,10 +145,6 @@ def summary(info):
 
 def degenerate(info):
     """What is wrong with an SAE according to its report, in words; "" if nothing is."""
-    problems = []
-    if info["dead_share"] > 0.5:
-        problems.append(f"{info['dead_share']:.0%} of the latents are dead")
-    if info["commonest_share"] > 0.5:
-        problems.append(f"{info['k']} of {info['n_concepts']:,} concepts have "
-                        f"{info['commonest_share']:.0%} of the activations")
-    return " and ".join(problems)
+    shares = {"of the latents are dead": info["dead_share"],
+              f"of the activations belong to {info['k']} concepts": info["commonest_share"]}
+    return " and ".join(f"{share:.0%} {what}" for what, share in shares.items() if share > 0.5)

@@ -6,7 +6,7 @@ from support.runtime import progress
 import torch
 
 from support.concept_index import NAME
-from support.curves import perplexity, pyplot, save_figure
+from support.curves import new_figure, perplexity, save_figure
 from support.engine import generate
 from support.kernels import linear_cross_entropy
 from support.tokens import Batches
@@ -15,10 +15,18 @@ FACTORS = (-10.0, -5.0, -2.0, 0.0, 1.0, 2.0, 5.0, 10.0)  # 1: not steered
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 32, 16, 64
 LOSS_TOKENS = 2048  # of val, for the perplexity
 
-def choose_concepts(index, n):
+def choose_concepts(index, n=None):
     """The n concepts that the run predicts most often, of those with typical next tokens."""
     order = index.predicted.argsort(descending=True, stable=True).tolist()
     return [c for c in order if index.predicted[c] and index.next_tokens[c, 0] >= 0][:n]
+
+def scales(variants, n_concepts, device):
+    """[{concept: factor}] → a factor for each concept logit, (variants, 1, C)."""
+    scale = torch.ones(len(variants), 1, n_concepts, device=device)
+    for row, factors in zip(scale, variants, strict=True):
+        for concept, factor in factors.items():
+            row[0, concept] = factor
+    return scale
 
 @torch.no_grad()
 def steering(models, index, val, device, n_concepts):
@@ -28,47 +36,41 @@ def steering(models, index, val, device, n_concepts):
     multiplied by the factor at every position. All factors of a concept share prompts and random
     numbers. Returns rows of model, concept, factor and
 
-        next_tokens   how many of the generated `tokens` are typical next tokens of the concept: the
-                      index's first NAME, found in the training text
-        loss          nats per token on LOSS_TOKENS of val, steered the same way: the effect on text
-                      that has nothing to do with the concept
+        next_tokens   how many of the generated `tokens` are among the concept's NAME typical ones
+        loss          nats per token on LOSS_TOKENS of val, unrelated to the concept, steered too
 
-    The same factor may be stronger in one model than in another: compare next_tokens at equal
-    perplexity. Perplexity does not fully reveal tokens that are merely pasted in.
+    A factor may be stronger in one model than in another: compare next_tokens at equal perplexity,
+    which does not fully reveal tokens that are merely pasted in.
     """
     chosen, rows = choose_concepts(index, n_concepts), []
     block_size = min(model.config.block_size for model in models.values())
     for name, model in models.items():
         blocks = Batches(val, block_size, 1, model.config.vocab_size, shift=False, split="val")
-        n_prompts = min(PROMPTS, blocks.blocks)
+        n_prompts, n_loss = min(PROMPTS, blocks.blocks), -(-LOSS_TOKENS // block_size)
         prompts = torch.cat([blocks[i][0][:, :PROMPT_TOKENS] for i in range(n_prompts)]).to(device)
-        states = lower_states(model, blocks, device)
+        states = [lower_state(model, *blocks[i]) for i in range(min(n_loss, blocks.blocks))]
         with progress(len(chosen), f"steer {name}", "concept", leave=False) as bar:
             for concept in chosen:
-                scale = torch.ones(len(FACTORS), 1, len(index.predicted), device=device)
-                scale[:, 0, concept] = torch.tensor(FACTORS, device=device)
+                variants = [{concept: factor} for factor in FACTORS]
+                scale = scales(variants, len(index.predicted), device)
                 random = torch.Generator(device).manual_seed(concept)
                 texts = generate(model, prompts, NEW_TOKENS, scale=scale, generator=random)
                 typical = index.next_tokens[concept, :NAME].to(device)
                 hits = torch.isin(texts[:, prompts.shape[1]:], typical).view(len(FACTORS), -1)
-                for i, factor in enumerate(FACTORS):
+                for hit, one, factor in zip(hits, scale, FACTORS, strict=True):
                     rows.append(dict(model=name, concept=concept, factor=factor,
-                                     next_tokens=hits[i].sum().item(), tokens=hits[i].numel(),
-                                     loss=steered_loss(model, states, scale[i])))
+                                     next_tokens=hit.sum().item(), tokens=len(hit),
+                                     loss=steered_loss(model, states, one)))
                 bar.update()
     return rows
 
-def lower_states(model, blocks, device):
-    """[(h at the input of block insert_at, targets)] of LOSS_TOKENS tokens: not steered yet."""
-    states = []
-    for i in range(min(-(-LOSS_TOKENS // blocks.block_size), blocks.blocks)):
-        x, y = blocks[i]
-        h = model.forward_blocks(model.embed(x.to(device)), 0, model.config.insert_at)
-        states.append((h, y.to(device)))
-    return states
+def lower_state(model, x, y):
+    """(h at the input of block insert_at: not steered yet; the targets)."""
+    x, y = x.to(model.wte.weight.device), y.to(model.wte.weight.device)
+    return model.forward_blocks(model.embed(x), 0, model.config.insert_at), y
 
 def steered_loss(model, states, scale):
-    """Mean next-token loss on `lower_states` under the factors scale (1, C)."""
+    """Mean next-token loss on the blocks of `lower_state` under the factors scale (1, C)."""
     losses = []
     for h, y in states:
         h_final = model.ln_f(model.finish(h, model.config.insert_at, scale=scale)[0])
@@ -79,29 +81,25 @@ def steered_loss(model, states, scale):
 def steering_summary(rows):
     """Rows of `steering` → one per model and factor, averaged over the concepts.
 
-    rate: share of typical next tokens. gain: geometric mean of (n + 1) / (n at factor 1, + 1), so
-    that all concepts weigh the same; gain_error: its first-order standard error over concepts.
-    raised: share of concepts whose next tokens became more frequent.
+    rate: share of typical next tokens. gain: geometric mean of (n + 1) / (n at factor 1, + 1);
+    gain_error: its first-order standard error over concepts. raised: share of concepts whose next
+    tokens became more frequent.
     """
-    summary = []
-    for name in dict.fromkeys(row["model"] for row in rows):
-        plain = log_counts(rows, name, 1.0)
-        for factor in FACTORS:
-            some = [row for row in rows if row["model"] == name and row["factor"] == factor]
-            logs = log_counts(rows, name, factor) - plain
-            gain = logs.mean().exp().item()
-            error = logs.std(correction=min(1, len(logs) - 1)).item() / math.sqrt(len(logs))
-            rate = sum(row["next_tokens"] / row["tokens"] for row in some) / len(some)
-            loss = sum(row["loss"] for row in some) / len(some)
-            summary.append(dict(model=name, factor=factor, rate=rate, gain=gain,
-                                gain_error=gain * error, perplexity=perplexity(loss),
-                                raised=(logs > 0).double().mean().item()))
+    groups, summary = {}, []
+    for row in rows:
+        groups.setdefault((row["model"], row["factor"]), []).append(row)
+    for (name, factor), some in groups.items():
+        counts, plain = (torch.tensor([row["next_tokens"] + 1 for row in group]).double()
+                         for group in (some, groups[name, 1.0]))
+        logs = counts.log() - plain.log()
+        gain = logs.mean().exp().item()
+        error = logs.std(correction=min(1, len(logs) - 1)).item() / math.sqrt(len(logs))
+        rate = sum(row["next_tokens"] / row["tokens"] for row in some) / len(some)
+        loss = sum(row["loss"] for row in some) / len(some)
+        summary.append(dict(model=name, factor=factor, rate=rate, gain=gain,
+                            gain_error=gain * error, perplexity=perplexity(loss),
+                            raised=(logs > 0).double().mean().item()))
     return summary
-
-def log_counts(rows, name, factor):
-    counts = [row["next_tokens"] + 1.0 for row in rows
-              if row["model"] == name and row["factor"] == factor]
-    return torch.tensor(counts, dtype=torch.float64).log()
 
 STEERING = (("model", "model", "{}"), ("factor", "factor", "{:g}"),
             ("rate", "next tokens", "{:.2%}"), ("gain", "× unsteered", "{:.2f}"),
@@ -109,28 +107,27 @@ STEERING = (("model", "model", "{}"), ("factor", "factor", "{:g}"),
             ("perplexity", "val perplexity", "{:.1f}"))
 
 def plot_steering(path, summary):
-    """Gain by factor, perplexity by factor, and gain by perplexity; one line per model."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    """Gain by factor, perplexity by factor, and gain by perplexity, one line per model. Returns
+    the path written."""
+    figure, axes = new_figure(1, 3, 13, 4)
     gain, cost = "typical next tokens, × unsteered", "val perplexity, % above unsteered"
+    style = dict(marker="o", markersize=4)
     for name in dict.fromkeys(row["model"] for row in summary):
         some = [row for row in summary if row["model"] == name]
         plain = next(row["perplexity"] for row in some if row["factor"] == 1)
         points = [(row["factor"], row["gain"], row["gain_error"],
                    100 * (row["perplexity"] / plain - 1)) for row in some]
         factors, gains, errors, costs = zip(*points, strict=True)
-        style = dict(marker="o", markersize=4)
         axes[0].errorbar(factors, gains, errors, capsize=2, label=name, **style)
         axes[1].plot(factors, costs, **style)
         points = [point for point in points if point[3] > 0]  # the axis is logarithmic
-        axes[2].errorbar([p[3] for p in points], [p[1] for p in points], [p[2] for p in points],
-                         capsize=2, linestyle="none", **style)
+        factors, gains, errors, costs = zip(*points, strict=True) if points else [()] * 4
+        axes[2].errorbar(costs, gains, errors, capsize=2, linestyle="none", **style)
         for factor, y, _, x in points:
-            axes[2].annotate(f"{factor:g}", (x, y), textcoords="offset points", xytext=(5, 4),
-                             fontsize=8)
+            axes[2].annotate(f"{factor:g}", (x, y), (5, 4), textcoords="offset points", fontsize=8)
     for axis, x, y in zip(axes, ("factor", "factor", cost), (gain, cost, gain), strict=True):
         axis.set(xlabel=x, ylabel=y)
         axis.grid(alpha=0.3)
     axes[2].set_xscale("log")
     axes[0].legend(frameon=False)
-    save_figure(figure, path)
+    return save_figure(figure, path)

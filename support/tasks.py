@@ -7,6 +7,7 @@ All continuations of a question go through the model in one row, which computes 
 import gzip
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -40,13 +41,13 @@ def choice(context, endings, gold):
     return Question(pairs, gold)
 
 def score_choice(doc, question, answers):
-    """acc picks the most likely ending, acc_norm the most likely per character (the space before
-    the ending is not counted)."""
+    """acc picks the most likely ending, acc_norm the most likely per character (without the space
+    before the ending)."""
     acc = [loglikelihood for loglikelihood, _ in answers]
     acc_norm = [loglikelihood / max(1, len(ending) - 1)
                 for loglikelihood, (_, ending) in zip(acc, question.pairs, strict=True)]
-    return dict(acc=(acc.index(max(acc)) == question.gold, 1),
-                acc_norm=(acc_norm.index(max(acc_norm)) == question.gold, 1))
+    return {name: (values.index(max(values)) == question.gold, 1)
+            for name, values in (("acc", acc), ("acc_norm", acc_norm))}
 
 def hellaswag(doc):
     def clean(text):  # brackets are left over from WikiHow
@@ -115,28 +116,25 @@ def documents(name, folder, limit):
     folder/NAME.jsonl[.gz] or, where folder is None, from the hub."""
     if folder is None:
         return hub_documents(name, limit)
-    expected = f"the documents of {TASKS[name].hub[0]}, one JSON object per line"
+    expected = f"expected the documents of {TASKS[name].hub[0]}, one JSON object per line"
     paths = [Path(folder, name + suffix) for suffix in (".jsonl", ".jsonl.gz")]
     path = next(filter(Path.is_file, paths), None)
     if path is None:
-        raise UserError(f"no {name}.jsonl or {name}.jsonl.gz in {folder}: expected {expected}; or "
-                        "choose other tasks: --tasks=NAMES")
+        raise UserError(f"no {name}.jsonl or {name}.jsonl.gz in {folder}: {expected}; or choose "
+                        "other --tasks")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
             lines = filter(str.strip, f)
             found = [json.loads(line) for line in itertools.islice(lines, limit)]
     except (ValueError, EOFError, gzip.BadGzipFile) as e:
-        raise UserError(f"{path} is cut short or damaged ({type(e).__name__}): expected "
-                        f"{expected}; copy it again") from e
+        raise UserError(f"{path} is cut short or damaged ({type(e).__name__}): {expected}") from e
     if not found:
-        raise UserError(f"{path} is empty: expected {expected}")
+        raise UserError(f"{path} is empty: {expected}")
     return found
 
 def hub_documents(name, limit):
     dataset, configuration, split = TASKS[name].hub
     try:
-        import logging
-
         import datasets
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # hides its retries
         datasets.disable_progress_bars()
@@ -144,8 +142,8 @@ def hub_documents(name, limit):
         found = datasets.load_dataset(dataset, configuration, split=split)
         return list(itertools.islice(found, limit))
     except Exception as e:  # offline it raises one of many kinds
-        raise UserError(f"{dataset} can't be fetched ({type(e).__name__}); without a network, copy "
-                        f"its documents to DIR/{name}.jsonl and add --eval_data=DIR") from e
+        raise UserError(f"{dataset} can't be fetched ({type(e).__name__}); copy its documents to "
+                        f"DIR/{name}.jsonl and add --eval_data=DIR") from e
 
 def choose_tasks(names, folder, limit, tokenizer_hash):
     """{task: documents} for the key --tasks: all, none, auto or names separated by commas."""
@@ -153,9 +151,8 @@ def choose_tasks(names, folder, limit, tokenizer_hash):
     if names == "none" or default and tokenizer_hash != "gpt2":
         return {}
     chosen = TASKS if names in ("all", "auto") else names.split(",")
-    for name in chosen:
-        if name not in TASKS:
-            raise UserError(f"tasks={names!r}: no task {name!r}; there are {', '.join(TASKS)}")
+    if unknown := [name for name in chosen if name not in TASKS]:
+        raise UserError(f"tasks={names!r}: no task {unknown[0]!r}; there are {', '.join(TASKS)}")
     try:
         return {name: documents(name, folder, limit) for name in chosen}
     except UserError as e:
@@ -170,10 +167,10 @@ def choose_tasks(names, folder, limit, tokenizer_hash):
 def encode(tokenizer, context, continuation, block_size):
     """Two texts → [(context, continuation)] in tokens, split as the harness splits them.
 
-    White space at the end of the context moves to the continuation, which is whatever the joined
-    text has beyond the context's tokens. An empty context becomes the end-of-text token. With
-    context None, the text is cut into windows of block_size targets: the first follows the
-    end-of-text token, each later one the token before it, and the last, shorter one a full window.
+    White space at the end of the context moves to the continuation: whatever the joined text has
+    beyond the context's tokens. An empty context becomes the end-of-text token. Context None: the
+    text is cut into windows of block_size targets, which start after the end-of-text token; the
+    last, shorter one has as much context as fits.
     """
     if context is not None:
         before = tokenizer.encode_ordinary(context.rstrip())
@@ -196,38 +193,37 @@ def pack(pairs, block_size):
     texts = {i: (context + continuation)[-block_size - 1:]
              for i, (context, continuation) in pairs.items()}
     tokens = list(os.path.commonprefix([text[:-1] for text in texts.values()]))
-    shared = len(tokens)
-    positions, branch, scored = list(range(shared)), [0] * shared, []
+    shared = range(len(tokens))
+    row = Row(tokens, [*shared], [0 for _ in shared], [])
     for n, (i, text) in enumerate(texts.items(), 1):
-        end, offset = len(text) - 1, len(tokens) - shared  # offset: tokens of the other pairs
-        tokens += text[shared:end]
-        positions += range(shared, end)
-        branch += [n] * (end - shared)
-        for at in range(max(0, end - len(pairs[i][1])), end):
-            scored.append((at if at < shared else at + offset, text[at + 1], i))
-    return Row(tokens, positions, branch, scored)
+        own = text[len(shared):-1]
+        places = [*shared, *range(len(tokens), len(tokens) + len(own))]  # of the text in the row
+        row.tokens.extend(own)
+        row.positions.extend(range(len(shared), len(places)))
+        row.branch.extend([n] * len(own))
+        first = max(0, len(places) - len(pairs[i][1]))
+        row.scored.extend((places[t], text[t + 1], i) for t in range(first, len(places)))
+    return row
 
 def pack_all(questions, block_size):
     """[[(context, continuation), …] per question] → Rows, longest first; pairs numbered in order.
 
-    A question is one row. Where a text fills the window, each of its texts is a row of its own: cut
-    texts start at different tokens.
+    A question is one row; where a text fills the window and is cut, each of its texts is a row.
     """
-    numbers, rows = itertools.count(), []
+    numbers, groups = itertools.count(), []
     for question in questions:
         pairs = {next(numbers): pair for pair in question}
-        if any(len(context) + len(continuation) > block_size for context, continuation in question):
-            rows += [pack({i: pair}, block_size) for i, pair in pairs.items()]
-        elif pairs:
-            rows.append(pack(pairs, block_size))
+        fits = all(len(a) + len(b) <= block_size for a, b in question)
+        groups += [pairs] if fits else [{i: pair} for i, pair in pairs.items()]
+    rows = [pack(pairs, block_size) for pairs in groups if pairs]
     return sorted(rows, key=lambda row: len(row.tokens), reverse=True)
 
 def final_states(model, rows):
     """Rows → hidden states after the last block (B, T, d). A pair sees its context and itself."""
     c, device, width = model.config, model.wte.weight.device, len(rows[0].tokens)
     tokens, positions, branch = (
-        torch.tensor([getattr(row, name) + [0] * (width - len(row.tokens)) for row in rows],
-                     device=device) for name in ("tokens", "positions", "branch"))
+        torch.tensor([t + [0] * (width - len(t)) for t in lists], device=device)
+        for lists in zip(*(row[:3] for row in rows), strict=True))
     mask = None
     if branch.any():
         mask = ((branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])).tril()
@@ -238,16 +234,15 @@ def final_states(model, rows):
     return model.forward_blocks(h, c.insert_at, c.n_layer, mask=mask)
 
 def score_tokens(model, h, at, token):
-    """h (N, d), rows `at` (M,) of it → (log-probability that `token` (M,) comes next, whether it is
-    the most likely token), (M,). Logits are computed once per distinct row, a chunk at a time."""
+    """h (N, d), rows `at` of it, tokens (M,) → (log-probability that the token comes next, whether
+    it is the most likely one), (M,). Logits are computed once per distinct row, in chunks."""
     places, which = at.unique(return_inverse=True)
     logp, greedy = h.new_empty(len(at)), torch.empty_like(at, dtype=torch.bool)
     chunk = chunk_rows(h.device, model.config.vocab_size)
     for i in range(0, len(places), chunk):
         z = model.head(h[places[i:i + chunk]])
         here = (which >= i) & (which < i + chunk)
-        row = which[here] - i
-        largest = z.amax(-1, keepdim=True)
+        row, largest = which[here] - i, z.amax(-1, keepdim=True)
         above = z[row, token[here]] - largest[row, 0]  # before z is overwritten
         logp[here] = above - z.sub_(largest).exp_().sum(-1).log()[row]
         greedy[here] = above == 0
@@ -258,8 +253,7 @@ def loglikelihoods(model, questions, batch_size, title="evaluate"):
     """[[(context, continuation), …] per question], in tokens → [[(log-likelihood in nats, is every
     token of the continuation the most likely one?), …] per question].
 
-    Only the last block_size + 1 tokens of a text are kept. A continuation longer than that, which
-    the harness refuses, is scored by its end.
+    Only the last block_size + 1 tokens of a text are kept, of a longer continuation its end.
     """
     rows, total = pack_all(questions, model.config.block_size), sum(map(len, questions))
     loglikelihood = torch.zeros(total, dtype=torch.float64)
@@ -304,8 +298,7 @@ def run_task(name, docs, model, tokenizer, batch_size):
     pairs = [[pair for texts in question.pairs for pair in encode(tokenizer, *texts, size)]
              for question in questions]
     answers = loglikelihoods(model, pairs, batch_size, name)
-    scores = list(map(task.score, docs, questions, answers))
-    row = {}
+    scores, row = list(map(task.score, docs, questions, answers)), {}
     for metric in task.metrics:
         value, error = mean_and_error([score[metric] for score in scores])
         if "perplexity" in metric:

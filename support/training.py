@@ -1,34 +1,23 @@
-"""What surrounds the training loop: data, resuming, log, checks, timing, checkpoints."""
+"""What surrounds a training loop: data, resuming, log, checks, timing, checkpoints."""
 import math
 import platform
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from support.runtime import UserError, check_finite, progress
+from support.runtime import UserError, explain, progress
 
 import torch
 
-from support.accounting import (
-    flops_per_token,
-    label_flops_per_token,
-    micro_batch,
-    num_params,
-    peak_flops,
-)
+from support import accounting
 from support.checkpoint import RUN, load_checkpoint, load_optimizer, model_hash, save_checkpoint
-from support.cli import check_unchanged, parse
+from support.cli import parse
 from support.curves import perplexity
 from support.device import compile_model, pick_device, should_compile, uses_bf16
 from support.distributed import Ranks
 from support.log import Log, SpikeDetector
 from support.tokens import Batches, load_meta, load_tokens, tokens_of_run
-
-# Keys that may change on resume; all others affect the losses.
-FREE = ("out_dir", "eval_interval", "keep_checkpoints", "log_interval", "micro_batch_size",
-        "device", "compile", "checkpoint_blocks", "resume", "overwrite", "wandb_log",
-        "wandb_project", "wandb_run_name")
 
 def read_config(cls, argv, doc):
     """The Config of train.py from a command line. UserError: keys that contradict each other."""
@@ -38,52 +27,120 @@ def read_config(cls, argv, doc):
         raise UserError("--max_iters and --max_tokens exclude each other: one sets the other")
     if cfg.max_tokens is not None and "max_iters" not in given:
         cfg = replace(cfg, max_iters=-(-cfg.max_tokens // (cfg.batch_size * cfg.block_size)))
-    if not cfg.out_dir.strip():
-        raise UserError("out_dir is empty: name a folder, such as --out_dir=out/run")
     if cfg.min_lr is not None and cfg.min_lr > cfg.learning_rate:
         raise UserError(f"min_lr={cfg.min_lr} is over learning_rate={cfg.learning_rate}")
     if cfg.resume and cfg.overwrite:
-        raise UserError("--resume and --overwrite exclude each other: the one continues the run, "
-                        "the other replaces it")
+        raise UserError("--resume and --overwrite exclude each other")
     if cfg.labels == "disk":
         if not cfg.method.startswith("cocomix") or cfg.target != "concept":
             raise UserError("labels='disk' is for methods that predict concepts, not for method="
                             f"{cfg.method!r} with target={cfg.target!r}")
         if cfg.shift_blocks:
-            raise UserError("labels='disk' needs --shift_blocks=false: labels are stored for "
-                            "unshifted blocks")
+            raise UserError("labels='disk' needs --shift_blocks=false: labels are stored unshifted")
     return cfg
 
 def wandb_log(cfg):
     """wandb.log of a run that has begun. UserError: not installed, not logged in."""
-    try:
+    remedy = "pip install wandb, run wandb login, set WANDB_MODE=offline, or drop --wandb_log"
+    with explain("wandb does not start", remedy, Exception):
         import wandb
-    except ImportError as e:
-        raise UserError("wandb_log needs the package wandb: pip install wandb (log.jsonl is "
-                        "written without it)") from e
-    try:
         wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or cfg.out_dir,
                    config=asdict(cfg))
-    except Exception as e:  # its own kinds
-        raise UserError(f"wandb does not start ({type(e).__name__}: {e}): run wandb login, set "
-                        "WANDB_MODE=offline, or drop --wandb_log") from e
     return wandb.log
 
-class TrainingRun:
-    """A run of train.py: its data, where it is (step, seconds, losses), its log and checkpoints.
-
+class Run:
+    """What the runs of train.py and sae.py share: resuming, counting, checks, progress bar, clock.
     UserError: out_dir holds a run that must not be overwritten, or one trained with other keys; a
-    loss or weight that is not finite.
-    """
-    def __init__(self, cfg):
-        self.cfg, self.out, self.ranks = cfg, Path(cfg.out_dir), Ranks()
-        self.checkpoint = self.out / "ckpt.pt"
-        self.tokens_per_step = cfg.batch_size * cfg.block_size
-        self.device = pick_device(cfg.device)
+    loss or weight that is not finite."""
+    def __init__(self, cfg, steps, tokens_per_step):
+        if not cfg.out_dir.strip():
+            raise UserError("out_dir is empty: name a folder, such as --out_dir=out/run")
+        self.cfg, self.steps, self.tokens_per_step = cfg, steps, tokens_per_step
+        self.out = Path(cfg.out_dir)
+        self.checkpoint = self.out / self.file
         self.content = self._open()
-        state = self.content or dict(step=0, seconds=0.0, val_loss=math.nan, best_val_loss=math.inf)
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.val_loss, self.best_val_loss = state["val_loss"], state["best_val_loss"]
+        state = self.content or dict(step=0, seconds=0.0)
+        self._move_to(state["step"])
+        self.seconds = state["seconds"]
+        self.unchecked, self.spikes = [], SpikeDetector()
+        self.remedy = f"a learning_rate below {cfg.learning_rate} may help"
+
+    def _open(self):
+        """The content of out_dir's checkpoint if this run continues it, else None."""
+        overwrite = getattr(self.cfg, "overwrite", None)
+        if not self.checkpoint.is_file() or overwrite:
+            if self.cfg.resume:
+                print(f"{self.out}: nothing to resume, starting at step 0")
+            return None
+        if not self.cfg.resume:
+            replaces = "" if overwrite is None else "--overwrite replaces it, "
+            raise UserError(f"{self.out} already holds a run; --resume continues it, {replaces}"
+                            "--out_dir=… starts another")
+        content = load_checkpoint(self.checkpoint, self.needs)
+        for name, value in asdict(self.cfg).items():
+            before = content[self.config].get(name, value)  # a newer version has more keys
+            if name not in self.free and before != value:
+                raise UserError(f"{self.checkpoint} has {name}={before!r}, but now it is "
+                                f"{value!r}: take it back, or choose another --out_dir")
+        return content
+
+    @contextmanager
+    def start(self):
+        """`with run.start()`: the bar is shown, the clock runs."""
+        with progress(self.steps * self.tokens_per_step, self.title, "tok", initial=self.tokens,
+                      unit_scale=True) as self.bar:
+            self.clock, self.content = time.perf_counter(), None  # free the checkpoint's memory
+            yield
+
+    def _move_to(self, step):
+        self.step, self.tokens, self.last = step, step * self.tokens_per_step, step == self.steps
+
+    def lap(self):
+        """Seconds since the last lap."""
+        before, self.clock = self.clock, time.perf_counter()
+        return self.clock - before
+
+    def advance(self, value):
+        """One optimizer step was taken. value: a scalar tensor that `check_steps` will read."""
+        self.unchecked.append(value)
+        self._move_to(self.step + 1)
+        self.bar.update(self.tokens_per_step)
+
+    def finite(self, name, value, step=None):
+        """UserError if a number of a step (default: the last one) is NaN or infinite."""
+        if not math.isfinite(value):
+            remedy = "nothing was written; check the data and embedding_std"
+            if self.step:
+                remedy = f"the last good checkpoint is {self.checkpoint}; {self.remedy}"
+            step = self.step if step is None else step
+            raise UserError(f"{name} is {value} at step {step}: not finite; {remedy}")
+
+    def check_steps(self, name):
+        """Check the value of every step since the last call → these values, as floats."""
+        values = torch.stack(self.unchecked).tolist()  # waits for the device
+        for step, value in enumerate(values, self.step - len(values) + 1):
+            self.finite(name, value, step)
+        self.unchecked = []
+        return values
+
+    def check_weights(self, model):
+        for name, p in model.named_parameters():
+            self.finite(f"the weight {name}", p.abs().max().item())
+
+class TrainingRun(Run):
+    """A run of train.py: its data, where it is (step, seconds, losses), its log and checkpoints."""
+    file, config = "ckpt.pt", "train_config"
+    needs = *RUN, "optimizer", "step", "seconds", "val_loss", "best_val_loss"
+    # keys that may change on resume; all others affect the losses
+    free = ("out_dir", "eval_interval", "keep_checkpoints", "log_interval", "micro_batch_size",
+            "device", "compile", "checkpoint_blocks", "resume", "overwrite", "wandb_log",
+            "wandb_project", "wandb_run_name")
+
+    def __init__(self, cfg):
+        self.ranks, self.title, self.device = Ranks(), cfg.method, pick_device(cfg.device)
+        super().__init__(cfg, cfg.max_iters, cfg.batch_size * cfg.block_size)
+        losses = self.content or dict(val_loss=math.nan, best_val_loss=math.inf)
+        self.val_loss, self.best_val_loss = losses["val_loss"], losses["best_val_loss"]
         self.finished = self.content is not None and self.step >= cfg.max_iters
         if self.finished:
             print(f"{self.out}: already trained ({self.step} steps, val loss {self.val_loss:.4f} "
@@ -100,23 +157,8 @@ class TrainingRun:
                                   split="val")
         self.ranks.join(self.device)
 
-    def _open(self):
-        """The content of out_dir's checkpoint if this run continues it, else None."""
-        if not self.checkpoint.is_file() or self.cfg.overwrite:
-            if self.cfg.resume:
-                print(f"{self.out}: nothing to resume, starting at step 0")
-            return None
-        if not self.cfg.resume:
-            raise UserError(f"{self.out} already holds a run; --resume continues it, --overwrite "
-                            "replaces it, --out_dir=… starts another")
-        needs = (*RUN, "optimizer", "step", "seconds", "val_loss", "best_val_loss")
-        content = load_checkpoint(self.checkpoint, needs)
-        check_unchanged(content["train_config"], asdict(self.cfg), self.checkpoint, FREE)
-        return content
-
     def attach(self, model, optimizer, concept_model, asked):
-        """The models to train with; asked: whether steps ask the concept model (or None). Resumes
-        the optimizer, opens the log, says what is trained."""
+        """Take the models, resume the optimizer, open the log. asked: do steps ask for targets?"""
         cfg, ranks = self.cfg, self.ranks
         self.model, self.optimizer = model, optimizer
         if self.content is not None:
@@ -126,47 +168,46 @@ class TrainingRun:
                             "that all machines share")
         self.compiled = compile_model(model) if should_compile(cfg, self.device) else model
         self.parallel = ranks.parallel(self.compiled)
-        self.autocast = nullcontext()
-        if uses_bf16(cfg.dtype, self.device):
-            self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16)
-        rows = cfg.batch_size // ranks.size
-        self.micro = micro_batch(cfg, rows, model, concept_model, self.device)
-        self.peak, self.norms, self.spikes = peak_flops(self.device), [], SpikeDetector()
-        concept_flops = label_flops_per_token(concept_model, cfg.block_size) if asked else 0
-        self.flops = flops_per_token(model) + concept_flops
-        self._open_log(concept_model, concept_flops)
+        self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16,
+                                       enabled=uses_bf16(cfg.dtype, self.device))
+        self.micro = accounting.micro_batch(cfg, cfg.batch_size // ranks.size, model, concept_model,
+                                            self.device)
+        head = self._head(concept_model, asked)
+        self.flops = head["flops_per_token"] + head["concept_flops_per_token"]
+        also = wandb_log(cfg) if cfg.wandb_log and ranks.first else None
+        self.log = Log(self.out / "log.jsonl", self.step, also)
+        if self.log.empty:
+            self.log.write(head)
         where = f"{ranks.size} × " * (ranks.size > 1) + self.device.type
-        print(f"{cfg.method}: {num_params(model, active=True) / 1e6:.2f}M active of "
-              f"{num_params(model) / 1e6:.2f}M parameters, {self.flops / 1e6:.1f} MFLOP per token, "
+        print(f"{cfg.method}: {head['active_params'] / 1e6:.2f}M active of "
+              f"{head['params'] / 1e6:.2f}M parameters, {self.flops / 1e6:.1f} MFLOP per token, "
               f"{cfg.max_iters} steps of {self.tokens_per_step} tokens on {where}, {self.micro} "
               "sequences at a time")
 
-    def _open_log(self, concept_model, concept_flops):
-        """Open log.jsonl; its first line says what is trained on what."""
-        cfg, name = self.cfg, f"{platform.machine()} {self.device.type}"
-        also = wandb_log(cfg) if cfg.wandb_log and self.ranks.first else None
-        self.log = Log(self.out / "log.jsonl", self.step, also)
-        if not self.log.empty:
-            return
+    def _head(self, concept_model, asked):
+        """The first line of log.jsonl: what is trained on what."""
+        cfg, model, device = self.cfg, self.model, f"{platform.machine()} {self.device.type}"
         if self.device.type == "cuda":
-            name = torch.cuda.get_device_name()
-        predicts = self.model.config.insert in ("concept", "hidden")
-        self.log.write(dict(
+            device = torch.cuda.get_device_name()
+        label_flops = accounting.label_flops_per_token(concept_model, cfg.block_size)
+        return dict(
             step=self.step, method=cfg.method, seed=cfg.seed, max_iters=cfg.max_iters,
-            params=num_params(self.model), active_params=num_params(self.model, active=True),
-            flops_per_token=flops_per_token(self.model), concept_flops_per_token=concept_flops,
-            labels=cfg.labels if predicts else None,
+            params=accounting.num_params(model),
+            active_params=accounting.num_params(model, active=True),
+            flops_per_token=accounting.flops_per_token(model),
+            concept_flops_per_token=label_flops if asked else 0,
+            labels=cfg.labels if model.config.insert in ("concept", "hidden") else None,
             concept_model_hash=model_hash(concept_model.gpt) if concept_model else None,
-            device=name, threads=torch.get_num_threads(), processes=self.ranks.size,
-            torch=torch.__version__, source_hash=self.meta.get("source_hash")))
+            device=device, threads=torch.get_num_threads(), processes=self.ranks.size,
+            torch=torch.__version__, source_hash=self.meta.get("source_hash"))
 
     def training_batches(self, stored_labels):
         """(x, y, labels or None) of all steps left, on the device."""
         return self.batches.prefetch(self.step, self.cfg.max_iters, self.device, stored_labels)
 
     def validation_batches(self, label_model):
-        """This process's ValBatches: the same blocks at every evaluation, for every seed and any
-        number of processes. label_model: says what should be predicted, or None."""
+        """This process's ValBatches, the same at every evaluation, for every seed and any number of
+        processes. label_model: says what should be predicted, or None."""
         cfg, val, ranks = self.cfg, self.val_blocks, self.ranks
         whole = val.blocks // cfg.batch_size * cfg.batch_size  # micro batches all alike
         self.val_rows = min(cfg.eval_iters * cfg.batch_size, whole or val.blocks)
@@ -174,23 +215,6 @@ class TrainingRun:
         groups = [rows[i:i + self.micro] for i in range(0, len(rows), self.micro)]
         return ValBatches([tuple(torch.cat(t).to(self.device) for t in zip(*group, strict=True))
                            for group in groups], label_model)
-
-    @contextmanager
-    def start(self):
-        """`with run.start()`: the bar is shown, the clock runs."""
-        total = self.cfg.max_iters * self.tokens_per_step
-        with progress(total, self.cfg.method, "tok", initial=self.tokens,
-                      unit_scale=True) as self.bar:
-            self.restart_clock()
-            yield
-
-    @property
-    def tokens(self):
-        return self.step * self.tokens_per_step
-
-    @property
-    def last(self):
-        return self.step == self.cfg.max_iters
 
     @property
     def at_eval(self):
@@ -200,49 +224,27 @@ class TrainingRun:
     def at_log(self):
         return self.step % self.cfg.log_interval == 0 or self.at_eval
 
-    def restart_clock(self):
-        """Evaluations and checkpoints do not count as training time."""
-        self.since, self.clock = self.step, time.perf_counter()
-
-    def finite(self, name, value, step=None):
-        remedy = "nothing was written; check the data and embedding_std"
-        if self.step:
-            remedy = (f"the last good checkpoint is {self.checkpoint}; a learning_rate below "
-                      f"{self.cfg.learning_rate} may help")
-        check_finite(name, value, self.step if step is None else step, remedy)
-
-    def advance(self, norm):
-        """One optimizer step was taken, with a gradient of this norm."""
-        self.norms.append(norm)
-        self.step += 1
-        self.bar.update(self.tokens_per_step)
-
     def report(self, means, lr):
         """Write a line: the step's losses {name: scalar tensor of this process} and the speed."""
-        norms = torch.stack(self.norms).tolist()  # waits for the device
-        for step, norm in enumerate(norms, self.since + 1):
-            self.finite("the gradient's norm", norm, step)
+        norms = self.check_steps("the gradient's norm")
         totals = self.ranks.sum(*means.values())
         means = {name: t / self.ranks.size for name, t in zip(means, totals, strict=True)}
         for name, value in means.items():
             self.finite("the " + name.replace("_", " "), value)
-        self.spikes.update("loss", means["loss"], self.step, "if it does not recover, start again "
-                           f"with a learning_rate below {self.cfg.learning_rate}")
-        now = time.perf_counter()
-        self.seconds += now - self.clock
-        speed = (self.step - self.since) * self.tokens_per_step / (now - self.clock)
+        self.spikes.update("loss", means["loss"], self.step, self.remedy)
+        elapsed = self.lap()
+        self.seconds += elapsed
+        speed = len(norms) * self.tokens_per_step / elapsed
         line = dict(step=self.step, tokens=self.tokens, **means, lr=lr, grad_norm=norms[-1],
                     tokens_per_s=speed, seconds=self.seconds)
         text = " ".join(f"{name.removesuffix('_loss')} {v:.3f}" for name, v in means.items())
-        if self.peak:
-            line["mfu"] = speed * self.flops / (self.peak * self.ranks.size)
+        if peak := accounting.peak_flops(self.device):
+            line["mfu"] = speed * self.flops / (peak * self.ranks.size)
             text += f" MFU {line['mfu']:.1%}"
         if math.isfinite(self.val_loss):
             text += f" val {self.val_loss:.3f}"
         self.log.write(line)
         self.bar.set_postfix_str(text)
-        self.norms = []
-        self.restart_clock()
 
     def evaluated(self, val_loss, concept_loss):
         """Write a line for an evaluation; concept_loss may be None."""
@@ -255,8 +257,7 @@ class TrainingRun:
 
     def save(self):
         """Write ckpt.pt and, after an evaluation with keep_checkpoints, step_N.pt before it."""
-        for name, p in self.model.named_parameters():
-            self.finite(f"the weight {name}", p.abs().max().item())
+        self.check_weights(self.model)
         if self.ranks.first:
             content = dict(model_config=asdict(self.model.config), model=self.model.state_dict(),
                            train_config=asdict(self.cfg), tokenizer=self.meta["tokenizer"],
@@ -272,15 +273,14 @@ class TrainingRun:
                 if self.ranks.first:
                     stale.unlink()
             self.log.begin()
-        self.restart_clock()
+        self.lap()  # evaluations and checkpoints do not count as training time
 
     def end(self):
         self.ranks.leave()
-        speed = self.tokens / max(self.seconds, 1e-9)
         print(f"{self.out}: val loss {self.val_loss:.4f} (perplexity "
               f"{perplexity(self.val_loss):.2f}) on {self.val_rows * self.cfg.block_size:,} val "
               f"tokens after {self.step} steps, "
-              f"{speed:,.0f} tokens/s")
+              f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s")
 
 class ValBatches:
     """Iterates over (x, y, labels or None), as often as wanted. Label concepts are computed once;

@@ -8,9 +8,6 @@ from conftest import TINY, run
 import bench
 from support.cli import parse
 
-PARTS = {"concept forward", "concept backward", "attribution", "TopK of the SAE", "compress",
-         "concept head and loss", "lower blocks", "upper blocks", "head and loss", "optimizer"}
-
 def read_rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -30,7 +27,7 @@ def test_rows_are_measured_side_by_side(chain, dataset, tmp_path):
     (tmp_path / "ntp.py").write_text('method = "ntp"\n')
     files = [tmp_path / "ntp.py", write_config(tmp_path / "mine.py", chain, "cocomix"),
              write_config(tmp_path / "taught.py", chain, "cocomix_kd")]
-    keys = ["--disk", "--official", "--rounds=2", "--parts"]
+    keys = ["--disk", "--official", "--rounds=2"]
     rows, out = run_bench(tmp_path, dataset, *files, *keys)
     assert [r["row"] for r in rows] == ["ntp", "mine", "mine, labels from disk", "mine, official",
                                         "taught", "taught, labels from disk"]
@@ -48,19 +45,16 @@ def test_rows_are_measured_side_by_side(chain, dataset, tmp_path):
     assert flops[0] < mine["flops_per_token"] <= flops[2] and flops == sorted(set(flops))
     # with stored labels the teacher's distribution is still needed
     assert 0 < taught_stored["concept_share"] < 1.5
-    assert "concept forward" in taught_stored["parts"]
-    assert "attribution" not in taught_stored["parts"]
-    assert {"blocks", "head and loss", "optimizer"} == set(ntp["parts"])
-    assert set(mine["parts"]) == PARTS
 
-@pytest.mark.parametrize("method, keys, missing", [
-    ("pause", "", PARTS - {"lower blocks", "upper blocks", "head and loss", "optimizer"}),
-    ("cocomix", "mix = 'none'", {"compress"}),
-    ("cocomix", "select = 'activation'\nmix = 'add'", {"concept backward", "attribution"})])
-def test_parts_follow_the_method(method, keys, missing, chain, dataset, tmp_path):
-    file = write_config(tmp_path / "mine.py", chain, method, keys)
-    (row,), _ = run_bench(tmp_path, dataset, file, "--rounds=1", "--parts")
-    assert set(row["parts"]) == PARTS - missing
+def test_the_profile_lists_the_operations_of_a_step(chain, dataset, tmp_path):
+    file = write_config(tmp_path / "mine.py", chain, "cocomix")
+    _, out = run_bench(tmp_path, dataset, file, "--official", "--rounds=1", "--profile")
+    _, results, profile = out.split("\n\n")  # none of the official recipe
+    assert "mine, official" in results and profile.startswith("mine\n")
+    rows = [line.split() for line in profile.splitlines()[1:]]
+    assert len(rows) == 15 and {"aten::mm", "aten::addmm"} <= {row[3] for row in rows}
+    times, shares = [float(row[0]) for row in rows], [float(row[2].strip("%")) for row in rows]
+    assert times == sorted(times, reverse=True) and 50 < sum(shares) <= 100.5
 
 def test_the_official_recipe_computes_its_own_labels(chain, dataset, tmp_path):
     file = write_config(tmp_path / "mine.py", chain, "cocomix", 'labels = "disk"\n')

@@ -109,13 +109,13 @@ def test_contexts_are_the_strongest_with_one_per_block(cocomix, kind):
 
 def test_the_strongest_in_pieces_are_the_strongest_at_once():
     values, indices = torch.randn(12, 30, 40).topk(5)  # 12 blocks of 30 tokens
-    where = np.arange(12)[:, None] * 1000 + np.arange(30)
+    where = torch.arange(12)[:, None] * 1000 + torch.arange(30)
     once, pieces = concept_index.Strongest(40, 3), concept_index.Strongest(40, 3)
     once.add(TopK(values, indices), where)
     for i in range(0, 12, 4):
         pieces.add(TopK(values[i:i + 4], indices[i:i + 4]), where[i:i + 4])
-    assert np.array_equal(once.value, pieces.value) and np.array_equal(once.where, pieces.where)
-    assert once.value.shape == (40, 3) and (np.diff(once.value, axis=1) <= 0).all()
+    assert torch.equal(once.value, pieces.value) and torch.equal(once.where, pieces.where)
+    assert once.value.shape == (40, 3) and (once.value.diff(dim=1) <= 0).all()
 
 def test_pairs_are_counted_exactly_up_to_the_limit():
     keys = np.random.default_rng(0).zipf(1.3, 20_000) % 5000

@@ -38,9 +38,10 @@ def test_seeds_of_one_method_are_one_curve():
     logs = {"ntp-1": log([5.0, 3.0], seed=1), "ntp-22": log([6.0, 3.5], seed=22)}
     found = curves.read_curves({**logs, "other-9": log([1.0], seed=1)})
     assert list(found) == ["ntp", "other-9"]
-    assert found["ntp"].loss == [5.5, 3.25] and found["ntp"].seeds == [1, 22]
+    assert found["ntp"].losses == {1: [5.0, 3.0], 22: [6.0, 3.5]}
     assert len(found["other-9"].losses) == 1
-    assert "3.250 ± 0.250" in curves.learning_curves({"ntp": found["ntp"]})
+    table = curves.learning_curves({"ntp": found["ntp"]})
+    assert "5.500 ± 0.500 | 3.250 ± 0.250" in table
 
 def test_runs_are_compared_seed_by_seed():
     found = curves.read_curves({
@@ -82,5 +83,5 @@ def test_of_several_evaluations_the_most_complete_counts():
              dict(tokens=8, limit=2, val_tokens=90, perplexity=7.0, extra=1),
              dict(tokens=4, limit=None, val_tokens=10, perplexity=9.0)]
     merged = curves.merge_evaluations(lines)
-    assert [(tokens, line["perplexity"]) for tokens, line in merged] == [(4, 9.0), (8, 5.0)]
-    assert merged[1][1]["extra"] == 1
+    assert [(line["tokens"], line["perplexity"]) for line in merged] == [(4, 9.0), (8, 5.0)]
+    assert merged[1]["extra"] == 1

@@ -203,7 +203,7 @@ BAD = {  # what is wrong: (arguments, what the line must say)
     "an empty file": ("{ntp} --eval_data={bad} --tasks=wikitext", "wikitext.jsonl is empty", ""),
     "only the last checkpoint": ("{ntp} --every", "last checkpoint only", "--keep_checkpoints"),
     "a run as GPT-2": ("--model={ntp}", "a run of ours", ""),
-    "missing GPT-2 weights": ("--model={bad}/gpt2-none.bin", "no weights", "gpt2-none"),
+    "missing GPT-2 weights": ("--model={bad}/gpt2-none.bin", "No such file", "gpt2-none"),
     "GPT-2 with nothing to evaluate it on":
         ("--model={gpt2} --tasks=none", "nothing to evaluate", "--dataset"),
     "val shorter than a block": ("{ntp} --official --tokens=20", "20 tokens", "block of 32"),

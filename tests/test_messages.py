@@ -327,8 +327,8 @@ SAES = {
     "an SAE on the last layer":
         ("--concept_model={chain}/gpt --dataset={dataset} --concept_layer=2 --out_dir={bad}/x",
          "concept_layer=2", "block above"),
-    "an SAE over another SAE": ("{teacher} --out_dir={chain}/sae", "holds an SAE run", "--resume"),
-    "an SAE in no folder": ("{teacher} --out_dir=", "out_dir is empty", "--out_dir=out/sae"),
+    "an SAE over another SAE": ("{teacher} --out_dir={chain}/sae", "holds a run", "--resume"),
+    "an SAE in no folder": ("{teacher} --out_dir=", "out_dir is empty", "--out_dir=out/run"),
     "an SAE that overflows":
         ("{teacher} {small} --max_tokens=51200 --learning_rate=1e30 --out_dir={bad}/y",
          "at step 2: not finite", "below 1e+30"),
@@ -387,8 +387,6 @@ BENCH = {
         ("config/cocomix_69m.py --official --concept_weight=0 --device=cpu", "concept_weight=0"),
     "rows for CoCoMix without a CoCoMix config":
         ("config/ntp_69m.py --official --device=cpu", "none among these configs", "CoCoMix"),
-    "a row that does not exist":
-        ("config/stdlib_ntp.py --only_row=7 --device=cpu", "only_row=7", "0 to 0"),
     "a width to count that is not divisible":
         ("config/ntp_69m.py --n_embd=17 --count", "n_embd=17", "n_head"),
 }

@@ -1,6 +1,7 @@
 """support/reference.py against the official numbers, and the fast code against it, in float64."""
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_gpt
 from golden import G, check_gradients, close, cocomix, concept_model, golden, official_loss
 from test_golden import COMPARABLE, LABELS, X, check_labels
@@ -24,7 +25,7 @@ def test_reference_sae_and_attribution_are_the_official_ones():
     c = reference.sae_encode(ae, x)
     close(reference.sae_preactivations(ae, x), "sae/pre")
     close(c, "concept_model/latents")
-    close(reference.sae_decode(ae, c, mean, std), "sae/recon")
+    close((c @ ae.decoder + ae.pre_bias) * std + mean, "sae/recon")
     a = reference.attribution(ae, c, golden("concept_model/grad"))
     close(a, "concept_model/attribution", atol=3e-8, rtol=1e-4)
     check_labels(reference.choose_labels(a), LABELS, COMPARABLE)
@@ -48,6 +49,46 @@ def test_reference_logits_losses_and_gradients_are_the_official_ones():
     (loss + 0.1 * concept).backward()
     check_gradients(model)
 
+# -- the ablations and steering, which the reference leaves out ------------------------------------
+
+def hidden_vector(mixer, h, labels):
+    """Predict h_con in place of concepts. (ĉ or None, the loss or None)."""
+    x, mean, std = reference.normalize(h)
+    g, loss = mixer.predict(x - mixer.pre_bias), None
+    if labels is not None:
+        loss = {"l1": (g - labels).abs().mean(), "l2": ((g - labels) ** 2).mean(),
+                "cos": (1 - F.cosine_similarity(g, labels, dim=-1)).mean()}[mixer.distance]
+    c = (mixer.compress(g) + mixer.pre_bias) * std + mean if mixer.mixes else None
+    return c, loss
+
+def forward(model, idx, labels=None, scale=1.0):
+    """reference.forward for every mixer and way to mix. scale (C,) multiplies the concept logits
+    before TopK (steering)."""
+    config, c, loss = model.config, None, None
+    h = reference.run_blocks(model, reference.embed(model, idx), 0, config.insert_at)
+    if config.insert == "concept":
+        z = reference.concept_logits(model.mixer, h)
+        loss = None if labels is None else reference.concept_loss(z, labels)
+        if config.mix != "none":
+            c = reference.continuous_concept(model.mixer, z * scale, h)
+    elif config.insert == "hidden":
+        c, loss = hidden_vector(model.mixer, h, labels)
+    elif config.insert == "pause":
+        c = model.mixer.vector.expand_as(h)
+    if config.interleaved:
+        c = h + c if config.mix == "interleave_residual" else c
+        h = torch.stack((h, c), dim=2).flatten(1, 2)
+    elif config.mix == "add":
+        h = h + c
+    h = reference.run_blocks(model, h, config.insert_at, config.n_layer)
+    return reference.head(model, h[:, 1::2] if config.interleaved else h), loss
+
+def test_the_extension_leaves_cocomix_as_it_is():
+    model, (x, _), labels = tiny_gpt(insert="concept"), tokens(), random_labels("concept")
+    for ours, expected in zip(forward(model, x, labels), reference.forward(model, x, labels),
+                              strict=True):
+        assert torch.equal(ours, expected)
+
 # -- the fast code and the reference ---------------------------------------------------------------
 
 def tokens(B=2, T=12):
@@ -70,7 +111,7 @@ def check_same_gradients(model, ours, expected):
 def test_forward_and_gradients_equal_the_reference(insert, mix, bias):
     model = tiny_gpt(insert=insert, mix=mix, bias=bias)
     (x, y), labels = tokens(), random_labels(insert)
-    logits, concept = reference.forward(model, x, labels)
+    logits, concept = forward(model, x, labels)
     loss, out = reference.next_token_loss(logits, y), model(x, y, labels)
     torch.testing.assert_close(model(x).logits, logits)
     torch.testing.assert_close(out.loss, loss)
@@ -84,7 +125,7 @@ def test_forward_and_gradients_equal_the_reference(insert, mix, bias):
 def test_hidden_state_losses_equal_the_reference(distance):
     model, (x, y) = tiny_gpt(insert="hidden", distance=distance), tokens()
     labels = random_labels("hidden")
-    logits, concept = reference.forward(model, x, labels)
+    logits, concept = forward(model, x, labels)
     out = model(x, y, labels)
     torch.testing.assert_close(out.concept_loss, concept)
     check_same_gradients(model, out.loss + out.concept_loss,
@@ -94,7 +135,7 @@ def test_steering_scales_the_logits_before_topk():
     model, (x, _) = tiny_gpt(insert="concept"), tokens()
     scale = torch.ones(40, dtype=torch.float64)
     scale[[3, 17]] = torch.tensor([-8.0, 5.0], dtype=torch.float64)
-    expected = reference.forward(model, x, scale=scale)[0]
+    expected = forward(model, x, scale=scale)[0]
     torch.testing.assert_close(model(x, scale=scale).logits, expected)
 
 def teacher_with_many_concepts(**choices):
@@ -106,18 +147,21 @@ def teacher_with_many_concepts(**choices):
     return ConceptModel(gpt, sae, 1, **choices)
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_a_whole_step_equals_the_reference(mix):
+def test_a_whole_step_equals_the_reference(mix, monkeypatch):
     """Tokens → labels → losses and gradients."""
+    if mix != "interleave":
+        monkeypatch.setattr(reference, "forward", forward)
     teacher, model = teacher_with_many_concepts(), tiny_gpt(insert="concept", mix=mix)
     x, y = tokens()
-    step = step_losses(model, teacher.gpt, teacher.sae, teacher.layer, x, y, concept_weight=0.3)
+    total, next_token, concept, attribution = step_losses(
+        model, teacher.gpt, teacher.sae, teacher.layer, x, y, concept_weight=0.3)
     labels = teacher.labels(x, y)
-    assert torch.equal(labels, reference.choose_labels(step.attribution))
-    assert (step.attribution > 0).sum(-1).min() >= 4
+    assert torch.equal(labels, reference.choose_labels(attribution))
+    assert (attribution > 0).sum(-1).min() >= 4
     out = model(x, y, labels)
-    torch.testing.assert_close(out.loss, step.next_token)
-    torch.testing.assert_close(out.concept_loss, step.concept)
-    check_same_gradients(model, out.loss + 0.3 * out.concept_loss, step.total)
+    torch.testing.assert_close(out.loss, next_token)
+    torch.testing.assert_close(out.concept_loss, concept)
+    check_same_gradients(model, out.loss + 0.3 * out.concept_loss, total)
 
 def test_the_paper_s_attribution_lets_all_concepts_compete():
     """Eq. 1: c_pre in place of c."""
@@ -134,10 +178,10 @@ def test_the_reference_is_not_frozen_where_the_official_code_is_not():
     """Weights that require gradients accumulate them, and the attributions keep their graph."""
     teacher, model, (x, y) = teacher_with_many_concepts(), tiny_gpt(insert="concept"), tokens()
     arguments = model, teacher.gpt, teacher.sae, teacher.layer, x, y
-    assert step_losses(*arguments).attribution.grad_fn is None
+    assert step_losses(*arguments)[-1].grad_fn is None
     assert all(p.grad is None for p in teacher.gpt.parameters())
     teacher.gpt.requires_grad_(), teacher.sae.requires_grad_()
-    assert step_losses(*arguments).attribution.grad_fn is not None
+    assert step_losses(*arguments)[-1].grad_fn is not None
     once = [p.grad.clone() for p in teacher.gpt.parameters()]
     step_losses(*arguments)
     for p, grad in zip(teacher.gpt.parameters(), once, strict=True):

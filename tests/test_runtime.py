@@ -1,14 +1,13 @@
 """How commands end, the progress bar, signals, the log, and files that are written completely."""
 import io
 import json
-import math
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from support.runtime import Stop, UserError, check_finite
+from support.runtime import Stop, UserError
 
 import pytest
 from conftest import run
@@ -45,9 +44,6 @@ def test_a_bug_keeps_its_traceback(error):
 def test_the_exit_status_of_a_command():
     assert run(lambda argv: None)[0] == 0 and run(lambda argv: 3)[0] == 3
     assert run(raises(KeyboardInterrupt()))[0] == 130
-    with pytest.raises(UserError, match="the loss is nan at step 3: not finite; do less"):
-        check_finite("the loss", math.nan, 3, "do less")
-    check_finite("the loss", 1.0, 3, "do less")
 
 @pytest.mark.parametrize("set_by_user, expected", [
     ({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")])

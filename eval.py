@@ -154,7 +154,7 @@ def main_evaluate(cfg, runs, device):
             append(path.with_name("eval.jsonl"), rows[-1] | about)
     if cfg.model:
         model, tokenizer = load_gpt(cfg.model, device)
-        assert tokenizer == "gpt2", f"model={cfg.model!r}: a run of ours, or not with GPT-2's tokens"
+        assert tokenizer == "gpt2", f"model={cfg.model!r}: a run, or not with GPT-2's tokens"
         content = dict(model_config=asdict(model.config), tokenizer="gpt2", tokenizer_hash="gpt2",
                        train_config=dict(method="gpt2", dataset=cfg.dataset))
         rows.append(evaluate_checkpoint(cfg.model, content, model, tasks("gpt2"), device, cfg))

@@ -176,13 +176,14 @@ def inspection(model, ids, scale, index, tokenizer, width, n=3):
     return gloss(cells, width)
 
 def read_prompt(start, tokenizer):
-    """The prompt's tokens; an empty prompt is the end-of-text token, which begins a document."""
+    """The prompt's tokens, "<|endoftext|>" being one; it begins a document, as does an empty
+    prompt."""
     if start.startswith("FILE:"):
         try:
-            start = Path(start[5:]).read_text(encoding="utf-8")
+            start = Path(start[5:]).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as e:
             raise UserError(f"{start[5:]} is not UTF-8 text (byte {e.start})") from e
-    return tokenizer.encode_ordinary(start) or [tokenizer.eot_token]
+    return tokenizer.encode(start, allowed_special="all") or [tokenizer.eot_token]
 
 def load_models(cfg, content, model, load_concept_model):
     """The models that generate, {name: GPT}: the run, its steerable concept model, or both."""

@@ -1,4 +1,5 @@
-"""Files that are written completely or not at all, JSON files, short hashes, and seeds."""
+"""Files written completely or not at all, locked folders, JSON files, short hashes, and seeds."""
+import fcntl
 import hashlib
 import json
 import os
@@ -38,7 +39,23 @@ def atomic_write(path):
 def read_json(path, remedy="copy it again"):
     """The content of a JSON file, a dict."""
     with explain(f"{path} is damaged", remedy):
-        return dict(**json.loads(path.read_text(encoding="utf-8")))
+        return dict(**json.loads(path.read_text("utf-8-sig")))
+
+def lock_folder(folder, doing, key):
+    """Create a folder and lock it. Returns a file descriptor: closing it releases the lock, and so
+    does the end of the process. UserError: can't be made, or another process has locked it."""
+    with explain(f"{folder} can't be made", f"choose another --{key}", OSError):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        os.close(lock)
+        raise UserError(f"another process is {doing} in {folder}: wait until it ends, or choose "
+                        f"another --{key}") from e
+    except OSError:
+        pass  # a file system without locks
+    return lock
 
 def fingerprint(*parts):
     """A short hash of byte strings."""

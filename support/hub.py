@@ -7,9 +7,11 @@ The held-out documents are nanoGPT's: 0.05% of all, in the order of a permutatio
 (`train_test_split` of the datasets package). The others keep the hub's order.
 """
 import math
+import reprlib
 import shutil
 import sys
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +20,8 @@ from support.runtime import UserError, progress
 import numpy as np
 
 from support.cli import key, parse
-from support.files import atomic_write, fingerprint
-from support.prepare import already_prepared, write_meta, write_tokens
+from support.files import fingerprint
+from support.prepare import already_prepared, locked, replacing, write_meta, write_tokens
 from support.tokens import load_tokenizer, tokenizer_hash
 
 BYTES_PER_TOKEN = 3.5  # of text; a low estimate, for the check of disk space
@@ -47,7 +49,7 @@ def parquet_files(source, num_docs):
         import fsspec
         import pyarrow.parquet
         fs, root = fsspec.core.url_to_fs(source)
-        paths = sorted(fs.glob(f"{root}/**/train-*.parquet"))
+        paths = sorted(path for path in fs.find(root) if Path(path).match("train-*.parquet"))
         with progress(len(paths), "list", "file", leave=False) as bar:
             for path in paths:
                 with fs.open(path, block_size=1 << 16) as file:
@@ -75,18 +77,27 @@ def held_out_of(n):
 
 def encode(file, part, tokenizer, bar):
     """Encode a File into a part file."""
-    import datasets
+    import fsspec
+    import pyarrow.parquet
 
-    def documents():
+    def texts():
         try:
-            rows = datasets.load_dataset("parquet", data_files=file.url, columns=["text"],
-                                         split="train", streaming=True)
-            for batch in rows.take(file.rows).iter(256):
-                yield from ((text, True) for text in batch["text"])
-                bar.update(len(batch["text"]))
+            with fsspec.open(file.url) as source:
+                batches = pyarrow.parquet.ParquetFile(source).iter_batches(256, columns=["text"])
+                column = chain.from_iterable(batch["text"].to_pylist() for batch in batches)
+                yield from islice(column, file.rows)
         except Exception as e:  # from the network or the file
             raise UserError(f"{file.url} can't be read to its end ({type(e).__name__}: {e}); "
                             "finished files are kept: run the same command to resume") from e
+
+    def documents():
+        for row, text in enumerate(texts()):
+            if not isinstance(text, str):
+                raise UserError(f"{file.url}, row {row} (the first is 0): {reprlib.repr(text)} is "
+                                "not text; remove this row, or set --num_docs to use only the "
+                                "documents before it")
+            yield text, True
+            bar.update()
 
     write_tokens(part, documents(), tokenizer)
 
@@ -98,7 +109,6 @@ def encode_missing(out, files, parts, tokenizer):
     if free < need:
         raise UserError(f"{out} has {free / 1e9:.1f} GB free but needs {need / 1e9:.1f} GB, half "
                         "of them temporarily; choose another folder: --out=FOLDER")
-    Path(out, "meta.json").unlink(missing_ok=True)
     n = sum(file.rows for file in files)
     done = n - sum(file.rows for file, _ in missing)
     with progress(n, "encode", "doc", initial=done, unit_scale=True) as bar:
@@ -109,7 +119,7 @@ def divide(out, files, parts, held_out, end_of_text):
     """Divide the parts' documents into train.bin and val.bin, the latter in held_out's order.
     Returns the number of tokens of each."""
     val = dict.fromkeys(held_out.tolist())  # {number: document}
-    with atomic_write(out / "train.bin") as train_file:
+    with replacing(out) as split_files:
         for file, part in zip(files, parts, strict=True):
             tokens = np.fromfile(part, "<u2")
             ends = np.flatnonzero(tokens == end_of_text) + 1
@@ -117,10 +127,29 @@ def divide(out, files, parts, held_out, end_of_text):
                 if number in val:
                     val[number] = document.tobytes()
                 else:
-                    train_file.write(document)
-    with atomic_write(out / "val.bin") as val_file:
-        val_file.writelines(val.values())
-    return {split: (out / f"{split}.bin").stat().st_size // 2 for split in ("train", "val")}
+                    split_files["train"].write(document)
+        split_files["val"].writelines(val.values())
+        return {split: file.tell() // 2 for split, file in split_files.items()}
+
+def write_dataset(cfg, out, source, files, tokenizer, digest):
+    """Encode the files and write the dataset. Returns the exit status, None for success."""
+    folder = out / f"parts-{digest}"
+    folder.mkdir(exist_ok=True)
+    parts = [folder / f"{i:05}.bin" for i in range(len(files))]
+    try:
+        encode_missing(out, files, parts, tokenizer)
+    except KeyboardInterrupt:
+        done = sum(part.is_file() for part in parts)
+        print(f"\nstopped; {done} of {len(files)} files are done; run the same command to resume",
+              file=sys.stderr)
+        return 130
+    n = sum(file.rows for file in files)
+    held_out = held_out_of(n)
+    counts = divide(out, files, parts, held_out, tokenizer.eot_token)
+    write_meta(out, cfg.tokenizer, tokenizer, counts, source=source, source_hash=digest,
+               num_docs=cfg.num_docs, documents=n, val_documents=len(held_out))
+    for folder in out.glob("parts-*"):  # including those of earlier runs with other keys
+        shutil.rmtree(folder)
 
 def prepare(argv, doc, script, name, documents):
     """The command of a prepare.py with this docstring and path, for the hub's dataset `name` with
@@ -138,19 +167,5 @@ def prepare(argv, doc, script, name, documents):
                         f"{documents:,}; use these anyway with --num_docs={n}")
     digest = fingerprint(repr([file[1:] for file in files]).encode(),
                          tokenizer_hash(cfg.tokenizer, tokenizer).encode())
-    folder = out / f"parts-{digest}"
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = [folder / f"{i:05}.bin" for i in range(len(files))]
-    try:
-        encode_missing(out, files, parts, tokenizer)
-    except KeyboardInterrupt:
-        done = sum(part.is_file() for part in parts)
-        print(f"\nstopped; {done} of {len(files)} files are done; run the same command to resume",
-              file=sys.stderr)
-        return 130
-    held_out = held_out_of(n)
-    counts = divide(out, files, parts, held_out, tokenizer.eot_token)
-    write_meta(out, cfg.tokenizer, tokenizer, counts, source=source, source_hash=digest,
-               num_docs=cfg.num_docs, documents=n, val_documents=len(held_out))
-    for folder in out.glob("parts-*"):  # including those of earlier runs with other keys
-        shutil.rmtree(folder)
+    with locked(out):
+        return write_dataset(cfg, out, source, files, tokenizer, digest)

@@ -1,5 +1,4 @@
 """log.jsonl of a run, and the warning about loss spikes."""
-import fcntl
 import json
 import math
 import os
@@ -8,11 +7,11 @@ import weakref
 from contextlib import suppress
 from pathlib import Path
 
-from support.runtime import RANK, UserError, explain
+from support.runtime import RANK, explain
 
 from tqdm import tqdm
 
-from support.files import atomic_write
+from support.files import atomic_write, lock_folder
 
 class Log:
     """log.jsonl: one JSON object per line, each with its step. Only process 0 writes it.
@@ -26,26 +25,13 @@ class Log:
         self.path, self.also, self.empty, self._pending = Path(path), also, False, None
         if RANK:
             return
-        self._lock()
+        lock = lock_folder(self.path.parent, "training", "out_dir")
+        weakref.finalize(self, os.close, lock)  # the system releases it, too, if the process dies
         kept = read_log(self.path) if step and self.path.is_file() else []
         kept = [self._text(line) for line in kept if line.get("step", math.inf) <= step]
         self.empty, self._pending = not kept, kept
         if step:
             self.begin()
-
-    def _lock(self):
-        folder = self.path.parent
-        with explain(f"{folder} can't be made", "choose another --out_dir", OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-        weakref.finalize(self, os.close, lock)  # the system releases it, too, if the process dies
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise UserError(f"another process is training in {folder}: wait, or choose another "
-                            "--out_dir") from e
-        except OSError:
-            pass  # a file system without locks
 
     @staticmethod
     def _text(values):

@@ -2,27 +2,45 @@
 import json
 import os
 import reprlib
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from support.runtime import UserError, progress
 
 import numpy as np
 
-from support.files import atomic_write
+from support.files import atomic_write, lock_folder
 from support.tokens import load_meta, load_tokens, tokenizer_hash
 
+PIECE = 16_000         # characters encoded as a unit; tiktoken fails on a million spaces
 WRITE_CHARS = 1 << 22  # encoded at a time, so memory use does not grow with the input
 
+def cut(pieces):
+    """(text, whether a document ends there) → the same text in pieces of at most PIECE characters.
+
+    No token crosses a cut, because white space follows it and none precedes it. Only where PIECE
+    characters have no such place, the text is cut anywhere.
+    """
+    rest = ""
+    for text, ends in pieces:
+        text, start = rest + text, 0
+        while len(text) - start > PIECE:
+            window = text[start:start + PIECE]
+            window = window[:max(window.rfind(" "), window.rfind("\n"), 0)].rstrip() or window
+            yield window, False
+            start += len(window)
+        rest = text[start:]
+        if ends:
+            yield rest, True
+            rest = ""
+    if rest:
+        yield rest, False
+
 def encode(tokenizer, pieces):
-    """The token ids of (text, whether a document ends there) pieces, as bytes; on all cores."""
+    """The token ids of (text, whether a document ends there) pieces, as bytes; on all cores. An
+    end-of-text token in the text itself is ordinary text."""
     texts, ids = [text for text, _ in pieces], []
-    try:
-        encoded = tokenizer.encode_ordinary_batch(texts, num_threads=os.cpu_count())
-    except BaseException as e:
-        if type(e).__name__ != "PanicException":  # tiktoken's; not a subclass of Exception
-            raise
-        raise UserError(f"tokenizer {tokenizer.name} failed on the text, perhaps on a very long "
-                        f"run of spaces; clean the text ({e})") from None
+    encoded = tokenizer.encode_ordinary_batch(texts, num_threads=os.cpu_count())
     for tokens, (_, ends) in zip(encoded, pieces, strict=True):
         ids += tokens + [tokenizer.eot_token] * ends
     return np.array(ids, dtype="<u2").tobytes()
@@ -38,17 +56,44 @@ def groups(pieces):
             group, chars = [], 0
     yield group
 
-def write_tokens(path, pieces, tokenizer, bar=None):
-    """Encode a stream of (text, whether a document ends there) into a .bin file. Returns the number
-    of tokens. bar: advanced by the number of characters."""
+def encode_into(file, pieces, tokenizer, bar=None):
+    """Encode a stream of (text, whether a document ends there) into an open file. Returns the
+    number of tokens. bar: advanced by the number of characters."""
     if tokenizer.n_vocab > 1 << 16:
         raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens, over 65536")
+    for group in groups(cut(pieces)):
+        file.write(encode(tokenizer, group))
+        if bar is not None:
+            bar.update(sum(len(text) for text, _ in group))
+    return file.tell() // 2
+
+def write_tokens(path, pieces, tokenizer):
+    """Encode a stream of (text, whether a document ends there) into a .bin file. Returns the number
+    of tokens."""
     with atomic_write(path) as file:
-        for group in groups(pieces):
-            file.write(encode(tokenizer, group))
-            if bar is not None:
-                bar.update(sum(len(text) for text, _ in group))
-        return file.tell() // 2
+        return encode_into(file, pieces, tokenizer)
+
+@contextmanager
+def locked(folder):
+    """`with locked(folder)`: create a folder and keep others from preparing data in it."""
+    lock = lock_folder(folder, "preparing data", "out")
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+@contextmanager
+def replacing(folder):
+    """`with replacing(folder) as files`: write files["train"] and files["val"]. They take the place
+    of the old ones, and meta.json goes, only once both are complete."""
+    meta = Path(folder, "meta.json")
+    with ExitStack() as stack:
+        files = {split: stack.enter_context(atomic_write(meta.with_name(f"{split}.bin")))
+                 for split in ("train", "val")}
+        yield files
+        for file in files.values():
+            file.flush()  # the disk may be full
+        meta.unlink(missing_ok=True)
 
 def write_meta(folder, tokenizer_name, tokenizer, counts, **more):
     """Write meta.json. It comes last: a dataset without it is unfinished."""
@@ -63,19 +108,19 @@ def write_meta(folder, tokenizer_name, tokenizer, counts, **more):
 def write_dataset(folder, splits, tokenizer_name, tokenizer, **more):
     """Write train.bin and val.bin from {split: stream of (text, whether a document ends there)},
     then meta.json with the entries `more`."""
-    Path(folder, "meta.json").unlink(missing_ok=True)
-    with progress(None, "encode", "char", unit_scale=True) as bar:
-        counts = {split: write_tokens(Path(folder, f"{split}.bin"), pieces, tokenizer, bar)
+    with replacing(folder) as files, progress(None, "encode", "char", unit_scale=True) as bar:
+        counts = {split: encode_into(files[split], pieces, tokenizer, bar)
                   for split, pieces in splits.items()}
-    if min(counts.values()) < 2:
-        raise UserError(f"the text is too short: {counts['train']:,} train and {counts['val']:,} "
-                        "val tokens; use more text (data/text/prepare.py: --input, --val)")
+        if min(counts.values()) < 2:
+            raise UserError(f"the text is too short: {counts['train']:,} train and "
+                            f"{counts['val']:,} val tokens; use more text: --input, --val")
     write_meta(folder, tokenizer_name, tokenizer, counts, **more)
 
 def already_prepared(folder, wanted, replace=False):
     """True, and a line printed, if a folder has an intact dataset with the entries `wanted` in
-    meta.json. UserError: it has another dataset, and replace=False."""
+    meta.json. UserError: it has another dataset, or an unknown one, and replace=False."""
     folder = Path(folder).resolve()  # not a name under data/
+    found = {}
     try:
         meta = load_meta(folder)
         found = {name: meta.get(name) for name in wanted}
@@ -84,9 +129,11 @@ def already_prepared(folder, wanted, replace=False):
             print(f"{folder}: already prepared")
             return True
     except UserError:  # missing or damaged
-        return False
+        if found or not any(folder.glob("*.bin")):
+            return False
     if not replace:
         found = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in found.items())
-        raise UserError(f"{folder} holds a dataset of other files or keys ({found}); overwrite it "
-                        "with --force or choose another folder: --out=FOLDER")
+        raise UserError(f"{folder} holds a dataset of other files or keys "
+                        f"({found or 'its meta.json is missing or damaged'}); overwrite it with "
+                        "--force or choose another folder: --out=FOLDER")
     return False

@@ -65,7 +65,7 @@ def passages(content, model, concept_model, tokenizer, n=4, length=96):
     """n held-out passages, lists of [token, [[predicted concept, logit], …], [label, …]]."""
     val = tokens_of_run(content, "val")
     length = min(length, model.config.block_size, len(val) // 2)
-    batches = Batches(val, length, n, model.config.vocab_size, shift=False)
+    batches = Batches(val, length, n, model.config.vocab_size, shift=False, split="val")
     x, y = (t.to(model.wte.weight.device) for t in batches[0])
     top, labels = model.concepts(x), concept_model.labels(x, y)
     found = []

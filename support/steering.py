@@ -43,7 +43,7 @@ def steering(models, index, val, device, n_concepts):
     chosen, C, rows = choose_concepts(index, n_concepts), len(index.predicted), []
     block_size = min(model.config.block_size for model in models.values())
     for name, model in models.items():
-        blocks = Batches(val, block_size, 1, model.config.vocab_size, shift=False)
+        blocks = Batches(val, block_size, 1, model.config.vocab_size, shift=False, split="val")
         n_prompts, n_loss = min(PROMPTS, blocks.blocks), -(-LOSS_TOKENS // block_size)
         prompts = torch.cat([blocks[i][0][:, :PROMPT_TOKENS] for i in range(n_prompts)]).to(device)
         held_out = [[t.to(device) for t in blocks[i]] for i in range(min(n_loss, blocks.blocks))]

@@ -119,8 +119,9 @@ def documents(name, folder, limit):
         raise UserError(f"no {name}.jsonl or {path.name} in {folder}: {expected}; or choose other "
                         "--tasks")
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            found = [json.loads(line) for line in islice(file, limit)]
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
+            lines = filter(str.strip, f)
+            found = [json.loads(line) for line in islice(lines, limit)]
     except (ValueError, EOFError, gzip.BadGzipFile) as e:
         raise UserError(f"{path} is cut short or damaged ({type(e).__name__}): {expected}") from e
     if not found:

@@ -48,7 +48,7 @@ def load_tokenizer(name):
     if not path.is_file():
         raise UserError(f"no tokenizer {name!r}: use gpt2, stdlib, a .tiktoken file or {TRAIN_ONE}")
     try:
-        lines = [line.split() for line in path.read_bytes().splitlines() if line]
+        lines = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         assert sorted(ranks.values()) == list(range(len(ranks))) and len(ranks) >= 256
     except Exception as e:
@@ -74,14 +74,22 @@ def hub_tokenizer(folder, vocab_size):
     return "gpt2" if same else f"unknown, {vocab_size} tokens"
 
 def dataset_dir(dataset):
-    """The folder of a prepared dataset, given a name under data/ or a path."""
-    folder = ROOT / dataset if (ROOT / dataset).is_dir() else Path(dataset)
-    if not (folder / "meta.json").is_file():
-        script = f"{dataset}/prepare.py"
-        if dataset == "text" or not (ROOT / script).is_file():
-            script = f"text/prepare.py --input FILES --out {folder}"
-        raise UserError(f"no dataset {dataset!r}: no {folder}/meta.json; run python data/{script}")
-    return folder
+    """The folder of a prepared dataset, given a name under data/ or a path. A name without a slash
+    can be both; ./NAME is a path. UserError: there is no dataset, or there are two."""
+    folders = [Path(dataset)]
+    if folders[0].name == str(dataset):
+        folders.insert(0, ROOT / dataset)
+    found = [folder for folder in folders if (folder / "meta.json").is_file()]
+    if not found:
+        script = folders[0] / "prepare.py"
+        if script.parent.name == "text" or not script.is_file():
+            script = f"data/text/prepare.py --input FILES --out {folders[0]}"
+        raise UserError(f"no dataset {str(dataset)!r}: no {folders[0]}/meta.json; run python "
+                        f"{script}")
+    if not found[0].samefile(found[-1]):
+        raise UserError(f"dataset {dataset!r} can be {found[0]} or ./{dataset}: give one of these "
+                        "paths instead")
+    return found[0]
 
 def load_meta(dataset):
     """meta.json of a dataset as a dict."""
@@ -148,12 +156,13 @@ class Batches:
         x, y = batches[step]    # (rows, block_size) int64, this rank's rows of the global batch
     """
     def __init__(self, tokens, block_size, batch_size, vocab_size, seed=0, shift=True, rank=0,
-                 world_size=1):
+                 world_size=1, split="train"):
         if batch_size % world_size:
             raise UserError(f"{batch_size=} is not divisible by the {world_size} processes")
         if len(tokens) < 2 * block_size:
-            raise UserError(f"a split has only {len(tokens)} tokens, too few for "
-                            f"block_size={block_size}; it needs {2 * block_size}")
+            raise UserError(f"{split}.bin has only {len(tokens)} tokens, too few for "
+                            f"block_size={block_size}: it needs {2 * block_size}; use a smaller "
+                            "block_size, or prepare more text")
         self.tokens, self.block_size, self.vocab_size = tokens, block_size, vocab_size
         self.batch_size, self.rows = batch_size, batch_size // world_size
         self.seed, self.shift, self.rank = seed, shift, rank

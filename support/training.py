@@ -153,7 +153,8 @@ class TrainingRun(Run):
         train, val = load_tokens(cfg.dataset, "train"), load_tokens(cfg.dataset, "val")
         self.batches = Batches(train, cfg.block_size, cfg.batch_size, self.vocab_size, cfg.seed,
                                cfg.shift_blocks, self.ranks.rank, self.ranks.size)
-        self.val_blocks = Batches(val, cfg.block_size, 1, self.vocab_size, shift=False)
+        self.val_blocks = Batches(val, cfg.block_size, 1, self.vocab_size, shift=False,
+                                  split="val")
         self.ranks.join(self.device)
 
     def attach(self, model, optimizer, concept_model, asked):

@@ -13,6 +13,7 @@ from conftest import run
 from test_prepare import script
 
 from support import hub
+from support.prepare import locked
 from support.tokens import ROOT, load_meta, load_tokenizer
 
 datasets = pytest.importorskip("datasets", reason="needs datasets (requirements.txt)")
@@ -78,9 +79,9 @@ def test_an_interrupted_run_resumes_and_gives_the_same_files(
     assert prepare(small, whole, "--num_docs=300")[0] == 0
     write_tokens, calls = hub.write_tokens, []
 
-    def write(path, pieces, tokenizer, bar=None):
+    def write(path, pieces, tokenizer):
         calls.append(path)
-        return write_tokens(path, interrupted(pieces), tokenizer, bar)
+        return write_tokens(path, interrupted(pieces), tokenizer)
 
     def interrupted(pieces):
         for i, piece in enumerate(pieces):
@@ -105,7 +106,7 @@ def test_other_keys_after_an_interruption_start_anew(small, tmp_path, monkeypatc
     whole, again = tmp_path / "whole", tmp_path / "again"
     assert prepare(small, whole, "--num_docs=250")[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr(hub, "write_meta", interrupt)
+        patch.setattr(hub, "divide", interrupt)
         assert prepare(small, again, "--num_docs=300")[0] == 130
     assert prepare(small, again, "--num_docs=250")[0] == 0
     assert written(again) == written(whole) and not list(again.glob("parts-*"))
@@ -141,18 +142,47 @@ def test_wrong_files_end_in_one_line(small, tmp_path, damage, message):
     assert status == 1 and message in last_line(err) and not (tmp_path / "out").exists()
 
 def test_a_file_that_breaks_off_keeps_finished_files(small, tmp_path, monkeypatch):
-    load_dataset = datasets.load_dataset
+    import fsspec
+    fsspec_open = fsspec.open
 
-    def load(*args, data_files, **more):
-        if "00001" in data_files:
+    def opened(url):
+        if "00001" in url:
             raise ConnectionError("reset by peer")
-        return load_dataset(*args, data_files=data_files, **more)
+        return fsspec_open(url)
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(fsspec, "open", opened)
     status, _, err = prepare(small, tmp_path, "--num_docs=300")
     line = last_line(err)
     assert status == 1 and "train-00001" in line and "reset by peer" in line and "resume" in line
     assert len(list(tmp_path.glob("parts-*/*.bin"))) == 1
+
+@pytest.mark.parametrize("texts, row, shown", [
+    (["a"] * 117 + [None] * 3, 117, "None"), ([b"x"] * 120, 0, "b'x'"), ([7] * 120, 0, "7")])
+def test_a_row_without_text_is_named_and_the_old_dataset_is_kept(
+        small, tmp_path, texts, row, shown):
+    assert prepare(small, tmp_path / "out", "--num_docs=300")[0] == 0
+    before = written(tmp_path / "out")
+    parquet(tmp_path / "hub", texts, files=1)
+    status, _, err = prepare(tmp_path / "hub", tmp_path / "out", "--num_docs=120", "--force")
+    assert status == 1 and "--num_docs" in last_line(err)
+    assert f"0123abcd.parquet, row {row} (the first is 0): {shown} is not text" in last_line(err)
+    assert written(tmp_path / "out") == before
+
+@pytest.mark.parametrize("folder", ["pq[1]", "a*b?", "100%", "[!x] {y}", "größer #1"])
+def test_folders_may_have_any_name(small, tmp_path, folder):
+    shutil.copytree(small, tmp_path / folder)
+    status, _, err = prepare(tmp_path / folder, tmp_path / f"out {folder}", "--num_docs=150")
+    assert status == 0, err
+    assert prepare(small, tmp_path / "plain", "--num_docs=150")[0] == 0
+    for name in ("train.bin", "val.bin"):
+        assert written(tmp_path / f"out {folder}")[name] == written(tmp_path / "plain")[name]
+
+def test_two_at_the_same_time_do_not_mix(small, tmp_path):
+    with locked(tmp_path):
+        status, _, err = prepare(small, tmp_path, "--num_docs=150", "--force")
+    assert status == 1 and f"another process is preparing data in {tmp_path}" in last_line(err)
+    assert not list(tmp_path.iterdir())
+    assert prepare(small, tmp_path, "--num_docs=150")[0] == 0
 
 def test_disk_space_is_checked_first(small, tmp_path, monkeypatch):
     free = shutil.disk_usage(tmp_path)._replace(free=10_000)

@@ -1,22 +1,31 @@
 """Writing datasets: BPE training, data/stdlib and data/text."""
 import argparse
 import ast
+import contextlib
+import errno
 import gzip
 import importlib.util
 import json
 import lzma
 import random
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import regex
 from conftest import run
 
 from support.bpe import train_bpe
+from support.prepare import PIECE, cut, locked, write_tokens
 from support.tokens import ROOT, SPLIT_PATTERN, load_meta, load_tokenizer, load_tokens
+
+END = "<|endoftext|>"
 
 def script(name):
     """The module data/NAME/prepare.py."""
@@ -134,6 +143,188 @@ def test_without_val_every_20th_piece_is_held_out(tmp_path):
     assert decoded(tmp_path / "d", "val") == held_out
     assert decoded(tmp_path / "d", "train").count("<|endoftext|>") == 95
 
+def prose(n, seed=0):
+    """n characters of words and white space, without two spaces or lines that are the same."""
+    rng = random.Random(seed)
+    words = (f"{rng.choice('abcdefgh') * rng.randint(1, 9)}{i}" for i in range(n // 3 + 1))
+    return "".join(word + rng.choice((" ", "\n", "  ", "\n\t ")) for word in words)[:n]
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_one_long_document_ends_only_where_a_held_out_piece_interrupts_it(tmp_path, kind):
+    text = prose(50 * PIECE)
+    content = text if kind == "txt" else json.dumps(dict(text=text))
+    (tmp_path / f"a.{kind}").write_text(content)
+    status, _, err = prepare_text(tmp_path, f"--input={{}}/a.{kind}", "--tokenizer=stdlib")
+    assert status == 0, err
+    train = decoded(tmp_path / "d", "train").split(END)
+    val = decoded(tmp_path / "d", "val").split(END)
+    assert len(train) == 4 and len(val) == 3 and train.pop() == val.pop() == ""
+    assert train[0] + val[0] + train[1] + val[1] + train[2] == text
+    assert all(0.9 * PIECE < len(piece) <= PIECE for piece in val)
+
+def test_documents_and_pieces_are_held_out_alike(tmp_path):
+    """Short and long documents, one of which is held out in part, one at its end."""
+    texts = [f"document {i}" for i in range(27)]
+    texts[17], texts[20] = prose(int(3.5 * PIECE)), prose(int(16.5 * PIECE), 1)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t in texts))
+    assert prepare_text(tmp_path, "--input={}/a.jsonl", "--tokenizer=stdlib")[0] == 0
+    train, val = (decoded(tmp_path / "d", split).split(END)[:-1] for split in ("train", "val"))
+    assert len(val) == 2 and train[:17] == texts[:17] and train[-6:] == texts[-6:]
+    assert train[17] + val[0] + train[18] == texts[17]
+    assert train[19:21] == texts[18:20] and train[21] + val[1] == texts[20]
+
+@pytest.mark.parametrize("n, what", [(19, "it has 19"), (1, "it has 1"), (0, "it has 0")])
+def test_too_few_documents_to_hold_one_out(tmp_path, n, what):
+    (tmp_path / "a.jsonl").write_text((json.dumps(dict(text="x " * 999)) + "\n") * n)
+    status, _, err = prepare_text(tmp_path, "--input={}/a.jsonl", "--tokenizer=stdlib")
+    last = err.strip().splitlines()[-1]
+    assert status == 1 and "hold out" in last and what in last and "--val" in last
+    assert not list((tmp_path / "d").iterdir())
+
+def test_end_of_text_in_a_file_is_ordinary_text(tmp_path):
+    (tmp_path / "a.txt").write_text(f"one{END}two")
+    (tmp_path / "b.jsonl").write_text(json.dumps(dict(text=END * 3)))
+    command = ["--input={}/a.txt", "--val={}/b.jsonl", "--tokenizer=stdlib"]
+    assert prepare_text(tmp_path, *command)[0] == 0
+    end = load_tokenizer("stdlib").eot_token
+    for split, text in dict(train=f"one{END}two", val=END * 3).items():
+        assert decoded(tmp_path / "d", split) == text + END
+        assert load_tokens(tmp_path / "d", split).tolist().count(end) == 1
+
+# -- long documents --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text", [
+    "", "a", prose(3 * PIECE), "x" * (2 * PIECE), " " * (2 * PIECE) + "x", "word " * PIECE,
+    prose(PIECE - 1) + "x" * 3 * PIECE + prose(PIECE), "größer\u3000✓😀\n" * PIECE,
+    prose(PIECE) + "\n" * PIECE + prose(9)])
+def test_cutting_a_text_changes_no_token(tmp_path, text):
+    pieces = list(cut([(text, True), ("next", False), (" one", True)]))
+    assert pieces[-1] == ("next one", True) and sum(ends for _, ends in pieces) == 2
+    assert "".join(piece for piece, _ in pieces[:-1]) == text
+    assert all(len(piece) <= PIECE for piece, _ in pieces)
+    parts = [(text[i:i + 777], False) for i in range(0, len(text), 777)] + [("", True)]
+    assert "".join(piece for piece, _ in cut(parts)) == text
+    if not re.search(r"\S{9000}|\s{9000}", text):  # such a run is cut anywhere
+        tokenizer = load_tokenizer("stdlib")
+        write_tokens(tmp_path / "x.bin", parts, tokenizer)
+        expected = tokenizer.encode_ordinary(text) + [tokenizer.eot_token]
+        assert np.fromfile(tmp_path / "x.bin", "<u2").tolist() == expected
+
+ODD = 'quote " backslash \\ slash / tab \t 😀😀 é \u2028 \x7f \ud83d lone \ude00 ' + "\\" * 9
+
+@pytest.mark.parametrize("ascii", [True, False])
+def test_the_text_of_a_long_line_is_read_in_pieces(tmp_path, monkeypatch, ascii):
+    prepare = script("text")
+    texts = [(ODD if ascii else ODD.replace("\ud83d", "").replace("\ude00", ""))[i:] * 5
+             for i in range(40)]
+    others = [{}, dict(id=3, source="web", score=-1.5e3, ok=True, none=None), dict(meta={"a": [1]})]
+    docs = [other | dict(text=t) | dict(after=["}", '"']) for t in texts for other in others]
+    path = tmp_path / "a.jsonl"
+    for end in ("\n", "\n \n"):
+        path.write_text(end.join(json.dumps(doc, ensure_ascii=ascii) for doc in docs))
+        for line, piece in ((40, 1), (150, 7), (1 << 20, 16_000)):
+            monkeypatch.setattr(prepare, "LONG_LINE", line)
+            monkeypatch.setattr(prepare, "PIECE", piece)
+            found = "".join(t + END * ends for t, ends in prepare.pieces(path))
+            expected = "".join(doc["text"] + END for doc in docs)
+            assert plain(found) == plain(expected)
+
+def plain(text):
+    """Surrogate pairs as one character, as the tokenizer reads them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+@pytest.mark.parametrize("line", [
+    '{"text": "%s', '{"text": "%s"', '{"text": "%s"}}', '{"text": "%s\\x"}', '{"text": "%s\\u12"}',
+    '{"text": "%s\t"}', '{"text": 3, "a": "%s"}', '{"txt": "%s"}', '["text", "%s"]', '"%s"',
+    '{"n": 1.2.3, "text": "%s"}', '{"text": "%s", "b": }', '{"text": "%s\n"}', '{"text": "%s\\'])
+@pytest.mark.parametrize("end", ["", '\n{"text": "next"}\n'])
+def test_a_damaged_long_line_is_named(tmp_path, line, end):
+    content = '{"text": "first"}\n\n' + line % ("word " * 20_000) + end
+    (tmp_path / "a.jsonl").write_text(content)
+    (tmp_path / "v.txt").write_text("held out")
+    status, _, err = prepare_text(tmp_path, "--input={}/a.jsonl", "--val={}/v.txt",
+                                  "--tokenizer=stdlib")
+    last = err.strip().splitlines()[-1]
+    assert status == 1 and "a.jsonl, line 3: expected JSON with a text" in last and len(last) < 300
+    assert not list((tmp_path / "d").iterdir())
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+@pytest.mark.parametrize("word", ["word ", "ACGT", "\n"])
+def test_memory_use_does_not_grow_with_one_long_document(tmp_path, kind, word):
+    text, prepare = word * (12_000_000 // len(word)), script("text")
+    (tmp_path / f"a.{kind}").write_text(text if kind == "txt" else json.dumps(dict(text=text)))
+    total = len(text)
+    del text
+    tracemalloc.start()
+    found = sum(len(piece) for piece, _ in prepare.pieces(tmp_path / f"a.{kind}"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == total and peak < 6 << 20
+
+# -- existing datasets -----------------------------------------------------------------------------
+
+@pytest.fixture
+def mine(tmp_path):
+    """A folder with a dataset in d; other.jsonl is another text."""
+    hundred_documents(tmp_path / "a.jsonl")
+    lines = [json.dumps(dict(text=f"other {i}")) for i in range(50)]
+    (tmp_path / "other.jsonl").write_text("\n".join(lines))
+    assert prepare_text(tmp_path, "--input={}/a.jsonl", "--tokenizer=stdlib")[0] == 0
+    return tmp_path
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+@pytest.mark.parametrize("problem", ["damaged input", "too short", "no tokenizer", "full disk",
+                                     "Ctrl-C", "another process"])
+def test_an_error_on_the_way_keeps_the_old_dataset(mine, monkeypatch, problem):
+    import support.prepare
+    before, source, encode, calls = content(mine / "d"), "other.jsonl", support.prepare.encode, []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == 2:  # the val split
+            raise KeyboardInterrupt if problem == "Ctrl-C" else OSError(errno.ENOSPC, "No space")
+        return encode(*args)
+
+    if problem in ("damaged input", "too short"):
+        source = "new.jsonl"
+        lines = (mine / "other.jsonl").read_text().splitlines()
+        lines = lines[:10] if problem == "too short" else [*lines, "{"]
+        (mine / source).write_text("\n".join(lines))
+    elif problem in ("full disk", "Ctrl-C"):
+        monkeypatch.setattr(support.prepare, "encode", fail)
+    tokenizer = "nowhere" if problem == "no tokenizer" else "stdlib"
+    command = ["--input={}/" + source, f"--tokenizer={tokenizer}", "--force"]
+    with locked(mine / "d") if problem == "another process" else contextlib.nullcontext():
+        status, _, err = prepare_text(mine, *command)
+    assert status == (130 if problem == "Ctrl-C" else 1), err
+    assert content(mine / "d") == before and load_tokens(mine / "d", "val") is not None
+    if problem == "another process":
+        assert f"another process is preparing data in {mine / 'd'}: wait" in err
+
+@pytest.mark.parametrize("damage", ["none", "no folder", "no meta.json", "cut meta.json",
+                                    "cut train.bin", "no val.bin"])
+def test_force_replaces_any_dataset(mine, damage):
+    whole = content(mine / "d")
+    if damage == "no folder":
+        shutil.rmtree(mine / "d")
+    elif damage != "none":
+        what, name = damage.split()
+        (mine / "d" / name).unlink()
+        if what == "cut":
+            (mine / "d" / name).write_bytes(whole[name][:20])
+    command = ["--input={}/a.jsonl", "--tokenizer=stdlib"]
+    if damage.endswith("meta.json"):  # whose are the .bin files?
+        before = content(mine / "d")
+        status, _, err = prepare_text(mine, *command)
+        assert status == 1 and "meta.json is missing or damaged" in err and "--force" in err
+        assert content(mine / "d") == before
+    status, _, err = prepare_text(mine, *command, "--force")
+    assert status == 0 and content(mine / "d") == whole, err
+    status, _, err = prepare_text(mine, "--input={}/other.jsonl", "--tokenizer=stdlib", "--force")
+    assert status == 0 and decoded(mine / "d", "val").startswith("other 19"), err
+
 def test_a_second_call_on_the_same_text_does_nothing_and_on_other_text_refuses(tmp_path):
     hundred_documents(tmp_path / "a.jsonl")
     command = ["--input={}/a.jsonl", "--tokenizer=stdlib"]
@@ -164,16 +355,20 @@ def test_files_given_twice_add_up_and_odd_text_passes(tmp_path):
     assert decoded(tmp_path / "d", "train") == expected
 
 @pytest.mark.slow
-def test_memory_use_does_not_grow_with_the_input(tmp_path):
+@pytest.mark.parametrize("kind, end", [("txt", "\n"), ("txt", " "), ("jsonl", "\\n")])
+def test_memory_use_does_not_grow_with_the_input(tmp_path, kind, end):
     code = ("import sys, resource, runpy; sys.argv = ['prepare.py'] + sys.argv[1:]\n"
             f"try: runpy.run_path({str(ROOT / 'text/prepare.py')!r}, run_name='__main__')\n"
             "finally: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
     peaks = []
     for megabytes in (8, 64):
-        with open(tmp_path / "big.txt", "w") as file:
+        with open(tmp_path / f"big.{kind}", "w") as file:
+            file.write('{"text": "' * (kind == "jsonl"))
             for i in range(megabytes * 20_000):
-                file.write(f"line {i % 977} of a file of some size that goes on\n")
-        argv = [f"--input={tmp_path / 'big.txt'}", "--tokenizer=stdlib", f"--out={tmp_path / 'd'}"]
+                file.write(f"line {i % 977} of a file of some size that goes on{end}")
+            file.write('"}\n' * (kind == "jsonl"))
+        argv = [f"--input={tmp_path / f'big.{kind}'}", "--tokenizer=stdlib",
+                f"--out={tmp_path / 'd'}"]
         out = subprocess.run([sys.executable, "-c", code, *argv, "--force"], capture_output=True,
                              text=True, check=True).stdout
         peaks.append(int(out.rsplit("peak", 1)[1]))

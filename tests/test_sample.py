@@ -33,6 +33,18 @@ def sections(out):
     parts = [part.partition("\n") for part in out.split("── ")[1:]]
     return {title.rstrip(" ─"): text.strip() for title, _, text in parts}
 
+def test_the_end_of_text_token_in_a_prompt_is_one_token(tmp_path):
+    tokenizer = load_tokenizer("stdlib")
+    end, a, b = tokenizer.eot_token, *map(tokenizer.encode_ordinary, ("def f", "class A"))
+    expected = {"": [end], "<|endoftext|>": [end], "<|endoftext|>def f": [end, *a],
+                "def f<|endoftext|>class A": [*a, end, *b], "def f<|endoftext|>": [*a, end]}
+    for start, ids in expected.items():
+        assert sample.read_prompt(start, tokenizer) == ids
+        (tmp_path / "prompt.txt").write_text(start, encoding="utf-8-sig")  # with a byte-order mark
+        assert sample.read_prompt(f"FILE:{tmp_path / 'prompt.txt'}", tokenizer) == ids
+    almost = "<|endoftext |>"
+    assert sample.read_prompt(almost, tokenizer) == tokenizer.encode_ordinary(almost)
+
 # -- steering the concept model ------------------------------------------------------------------
 
 def factors(**values):

@@ -1,4 +1,5 @@
 """The seven tasks give lm-evaluation-harness's numbers."""
+import gzip
 import json
 import math
 from pathlib import Path
@@ -213,6 +214,20 @@ def test_without_a_network_the_default_tasks_are_skipped(monkeypatch, capsys):
     assert message in capsys.readouterr().out
     with pytest.raises(UserError, match="baber/piqa can't be fetched .*--eval_data=DIR"):
         tasks.choose_tasks("piqa", None, None, "gpt2")
+
+@pytest.mark.parametrize("suffix, opener", [("", open), (".gz", gzip.open)])
+def test_byte_order_marks_and_blank_lines_are_no_damage(tmp_path, suffix, opener):
+    docs = [dict(goal=f"größer {i}", sol1="a", sol2="b", label=0) for i in range(3)]
+    lines = [json.dumps(doc, ensure_ascii=False) for doc in docs]
+    text = "\ufeff\n" + lines[0] + "\r\n \t\r\n" + lines[1] + "\n\n" + lines[2] + "\n\n  \n"
+    with opener(tmp_path / f"piqa.jsonl{suffix}", "wb") as file:
+        file.write(text.encode())
+    assert tasks.documents("piqa", tmp_path, None) == docs
+    assert tasks.documents("piqa", tmp_path, 2) == docs[:2]
+    with opener(tmp_path / f"arc_easy.jsonl{suffix}", "wb") as file:
+        file.write(b"\xef\xbb\xbf\n \n")
+    with pytest.raises(UserError, match="is empty: expected the documents of"):
+        tasks.documents("arc_easy", tmp_path, None)
 
 def test_the_hubs_documents_are_those_of_the_tasks_split(monkeypatch):
     datasets = pytest.importorskip("datasets")

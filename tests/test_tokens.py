@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from support.tokens import Batches, load_tokenizer, load_tokens, sequential
+import support.tokens
+from support.tokens import (
+    ROOT,
+    Batches,
+    dataset_dir,
+    load_tokenizer,
+    load_tokens,
+    sequential,
+    tokenizer_hash,
+)
 
 def batches(tokens, **more):
     defaults = dict(block_size=8, batch_size=12, vocab_size=1 << 16, seed=3)
@@ -115,8 +124,44 @@ def test_tokens_beyond_the_vocabulary_and_short_files_are_named():
         batches(np.full(500, 50, dtype="<u2"), vocab_size=50)[0]
     with pytest.raises(UserError, match="beyond the vocabulary of 50"):
         list(sequential(np.full(20, 50, dtype="<u2"), 8, 3, 50))
-    with pytest.raises(UserError, match="only 9 tokens, too few for block_size=8"):
+    with pytest.raises(UserError, match="train.bin has only 9 tokens, too few for block_size=8"):
         batches(np.arange(9, dtype="<u2"))
+    with pytest.raises(UserError, match="val.bin has only 9 tokens"):
+        batches(np.arange(9, dtype="<u2"), split="val")
+
+def test_a_name_under_data_and_a_path_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(support.tokens, "ROOT", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    named, here = tmp_path / "data/mine", tmp_path / "mine"
+    for folder in (named, here):
+        folder.mkdir(parents=True)
+    with pytest.raises(UserError, match="no dataset 'mine': .*data/text/prepare.py --input"):
+        dataset_dir("mine")
+    (here / "meta.json").touch()  # an unfinished folder under data/ doesn't hide it
+    assert dataset_dir("mine").samefile(here)
+    (named / "meta.json").touch()
+    with pytest.raises(UserError, match="'mine' can be .*/data/mine or ./mine"):
+        dataset_dir("mine")
+    for path in ("./mine", "mine/", "data/../mine", here, str(here)):
+        assert dataset_dir(path).samefile(here), path
+    assert dataset_dir("data/mine").samefile(named) and dataset_dir(named).samefile(named)
+    monkeypatch.chdir(tmp_path / "data")  # here, both are the same
+    assert dataset_dir("mine").samefile(named)
+    with pytest.raises(UserError, match=r"no dataset '\.\./other': no \.\./other/meta"):
+        dataset_dir("../other")
+    (here / "meta.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    assert dataset_dir("mine").samefile(named)
+
+def test_byte_order_marks_and_blank_lines_are_no_damage(tmp_path):
+    np.arange(20, dtype="<u2").tofile(tmp_path / "train.bin")
+    write_meta(tmp_path, 20)
+    (tmp_path / "meta.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "meta.json").read_bytes())
+    assert len(load_tokens(tmp_path, "train")) == 20
+    lines = (ROOT / "stdlib/bpe.tiktoken").read_bytes().replace(b"\n", b"\r\n")
+    (tmp_path / "x.tiktoken").write_bytes(lines + b"  \r\n\r\n")
+    other, tokenizer = load_tokenizer(str(tmp_path / "x.tiktoken")), load_tokenizer("stdlib")
+    assert tokenizer_hash("x", other) == tokenizer_hash("stdlib", tokenizer)
 
 def test_stdlib_tokenizer_round_trips_and_has_at_most_4096_tokens():
     tokenizer = load_tokenizer("stdlib")

@@ -19,7 +19,7 @@ from support.runtime import run
 from support.bpe import save_bpe, train_bpe
 from support.cli import key, parse
 from support.files import fingerprint
-from support.prepare import already_prepared, write_dataset
+from support.prepare import already_prepared, locked, write_dataset
 from support.tokens import load_tokenizer, tokenizer_hash
 
 HERE = Path(__file__).resolve().parent
@@ -54,16 +54,16 @@ def read_library():
 def main(argv):
     cfg, _ = parse(Config, argv, __doc__, most=0, files=False)
     splits, digest = read_library()
-    if cfg.train_bpe:
-        texts = [text for text, _ in splits["train"]]
-        save_bpe(train_bpe(texts, cfg.train_bpe), HERE / "bpe.tiktoken")
-    tokenizer = load_tokenizer("stdlib")
-    wanted = dict(source_hash=digest, tokenizer_hash=tokenizer_hash("stdlib", tokenizer))
-    if not cfg.force and already_prepared(cfg.out, wanted, replace=True):
-        return
-    source = f"the standard library of Python {platform.python_version()}"
-    write_dataset(cfg.out, splits, "stdlib", tokenizer, source=source, source_hash=digest,
-                  train_files=len(splits["train"]), val_files=len(splits["val"]))
+    with locked(cfg.out):
+        if cfg.train_bpe:
+            texts = [text for text, _ in splits["train"]]
+            save_bpe(train_bpe(texts, cfg.train_bpe), HERE / "bpe.tiktoken")
+        tokenizer = load_tokenizer("stdlib")
+        wanted = dict(source_hash=digest, tokenizer_hash=tokenizer_hash("stdlib", tokenizer))
+        if cfg.force or not already_prepared(cfg.out, wanted, replace=True):
+            source = f"the standard library of Python {platform.python_version()}"
+            write_dataset(cfg.out, splits, "stdlib", tokenizer, source=source, source_hash=digest,
+                          train_files=len(splits["train"]), val_files=len(splits["val"]))
 
 if __name__ == "__main__":
     run(main)

@@ -11,9 +11,8 @@ SAE are not fetched: random weights of the same shapes take the same time.
 
 --disk adds, for each CoCoMix config, a row with labels from disk; --official, one with the official
 code's recipe (support/reference.py): float32, everything dense, four separate cross-entropies,
-concept model and SAE not frozen. On a CPU it has a process of its own, where glibc frees memory as
-usual; so has each row whose memory is measured, but there freed memory is kept. --count takes hours
-from results/bench-h200.jsonl (written with --write).
+concept model and SAE not frozen. On a CPU it has its own process, where glibc frees memory as usual
+(support.device.keep_freed_memory). --count takes hours from results/bench-h200.jsonl (--write).
 """
 import json
 import platform
@@ -33,7 +32,7 @@ from support.runtime import UserError, run
 
 import torch
 from torch.profiler import profile
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import timer
 
 import train
 from concepts import ConceptModel, load_concept_model
@@ -115,9 +114,11 @@ def count(name, cfg):
         hours=f"{tokens / speeds[name] / 3600:,.0f}" if name in speeds else "not measured")
 
 def clocked(f, times=1):
-    """Mean seconds of f() over some calls, after two that are not counted."""
-    timer = Timer("f()", globals=dict(f=f), num_threads=torch.get_num_threads())
-    return timer.timeit(times).mean
+    """Mean seconds of f() over some calls."""
+    start = timer()  # once a GPU has finished
+    for _ in range(times):
+        f()
+    return (timer() - start) / times
 
 class Row:
     """One method's models, optimizer and training step, on a batch of random tokens; a run to the
@@ -177,6 +178,7 @@ class Row:
 
     def turn(self, steps):
         """(tokens per second, the concept model's share of the time or None), over some steps."""
+        self.step()  # not counted: this process may have been idle
         seconds = clocked(self.step, steps)
         share = clocked(self.ask, steps) / seconds if self.asks else None
         return self.x.numel() / seconds, share
@@ -303,9 +305,8 @@ def main(argv):
     if cfg.write:
         append_results(cfg.write, [])  # if it fails, then now
     device = pick_device(cfg.device)
-    machine = f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
+    machine = (torch.cuda.get_device_name(device) if device.type == "cuda" else
+               f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads")
     rows = [RowAlone(name, c, kind) if device.type == "cpu" and (c.memory or kind == "official")
             else Row(name, c, device, kind) for name, c, kind in wanted]
     for _ in range(cfg.rounds):

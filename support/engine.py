@@ -43,9 +43,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, scale=None
 
     temperature 0: greedy. top_k: sample from the k most likely tokens. scale: steering, a factor
     for each concept logit, (C,); or (S, 1, C) for a sweep: all B prompts under one scale after the
-    other, with the same random numbers → (S·B, T + max_new_tokens). The lower blocks do not depend
-    on the scale and read the prompts once. Text beyond block_size is continued from its last
-    block_size // 2 tokens, with or without cache."""
+    other, with the same random numbers → (S·B, T + max_new_tokens); lower blocks read them once.
+    Text beyond block_size is continued from its last block_size // 2 tokens, cache or not."""
     c, B, S = model.config, len(idx), 1
     if scale is not None and scale.dim() == 3:
         S, scale = len(scale), scale.repeat_interleave(B, dim=0)

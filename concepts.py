@@ -25,7 +25,7 @@ from model import GPT, load_gpt, load_model
 from sae import load_sae
 from support import published, report
 from support.activations import check_layer, hidden_states
-from support.checkpoint import RUN, find_checkpoint, load_checkpoint
+from support.checkpoint import RUN, check_models, find_checkpoint, load_checkpoint
 from support.cli import key, parse
 from support.concept_index import column_norms, index_of_run
 from support.device import pick_device, uses_bf16
@@ -217,12 +217,15 @@ class Config:
 LABEL_KEYS = [f.name for f in fields(Config)][:11]
 
 def concept_model_of_run(content, device):
-    """The ConceptModel that a checkpoint's run learned from; None if it learned no concepts."""
+    """The ConceptModel that a checkpoint's run learned from; None if it learned no concepts.
+    UserError: it is missing, or another one is in its place."""
     target = content["model_config"]["insert"]
     if target not in ("concept", "hidden"):
         return None
     trained = {k: v for k, v in content["train_config"].items() if k in LABEL_KEYS}
-    return load_concept_model(Config(**trained), device, target)[0]
+    concept_model, _ = load_concept_model(Config(**trained), device, target)
+    check_models(content, concept_model)
+    return concept_model
 
 def main(argv):
     cfg, rest = parse(Config, argv, __doc__, most=1, files="shared")

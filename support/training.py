@@ -183,8 +183,9 @@ class TrainingRun(Run):
         self.val_blocks = Batches(val, cfg.block_size, 1, self.vocab_size, shift=False)
         self.ranks.join(self.device)
 
-    def attach(self, model, optimizer, concept_model, asked):
-        """Take the models, resume the optimizer, open the log. asked: do steps ask for targets?"""
+    def attach(self, model, optimizer, concept_model, at_steps):
+        """Take the models, resume the optimizer, open the log. at_steps: the part of the concept
+        model that the steps ask, or None."""
         cfg, ranks = self.cfg, self.ranks
         self.model, self.optimizer = model, optimizer
         if self.content is not None:
@@ -200,7 +201,7 @@ class TrainingRun(Run):
                                        enabled=uses_bf16(cfg.dtype, self.device))
         self.micro = accounting.micro_batch(cfg, cfg.batch_size // ranks.size, model, concept_model,
                                             self.device)
-        head = self._head(concept_model, asked)
+        head = self._head(at_steps)
         self.flops = head["flops_per_token"] + head["concept_flops_per_token"]
         also = wandb_log(cfg) if cfg.wandb_log and ranks.first else None
         self.log = Log(self.out / "log.jsonl", self.step, also)
@@ -212,18 +213,17 @@ class TrainingRun(Run):
               f"{cfg.max_iters} steps of {self.tokens_per_step} tokens on {where}, {self.micro} "
               "sequences at a time")
 
-    def _head(self, concept_model, asked):
+    def _head(self, at_steps):
         """The first line of log.jsonl: what is trained on what."""
         cfg, model, device = self.cfg, self.model, f"{platform.machine()} {self.device.type}"
         if self.device.type == "cuda":
             device = torch.cuda.get_device_name()
-        label_flops = accounting.label_flops_per_token(concept_model, cfg.block_size)
         return dict(
             step=self.step, method=cfg.method, seed=cfg.seed, max_iters=cfg.max_iters,
             params=accounting.num_params(model),
             active_params=accounting.num_params(model, active=True),
             flops_per_token=accounting.flops_per_token(model),
-            concept_flops_per_token=label_flops if asked else 0,
+            concept_flops_per_token=accounting.label_flops_per_token(at_steps, cfg.block_size),
             labels=cfg.labels if model.config.insert in ("concept", "hidden") else None,
             concept_model_hash=self.uses.get("concept_model"),
             device=device, threads=torch.get_num_threads(), processes=self.ranks.size,

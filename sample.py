@@ -7,14 +7,13 @@
     python sample.py out/stdlib/cocomix --steer=error --steer_sweep    # factors from -10 to 10
 
 Steering multiplies a concept's logit z_i before TopK, at every position (the paper's factors: -10
-to 10). The frozen concept model is shown next to the run, steered by the same concept and factor in
-the SAE's space (concepts.SteeredSAE), as in the paper's Figure 5. Words are looked up in the
-concept index (concepts.py), which also names the concepts.
+to 10). As in the paper's Figure 5, the frozen concept model is shown next to the run, steered in
+the SAE's space (concepts.SteeredSAE). Words are looked up in the concept index.
 """
 import shutil
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -56,9 +55,7 @@ class Config:
 
 def parse_steer(text, n_concepts, sweep=False):
     """"17:6,error:-8" → {17: 6.0, "error": -8.0}; for a sweep, "17,error" → both with None."""
-    expected = "CONCEPT:FACTOR, such as 17:6 or error:-8"
-    if sweep:
-        expected = "concepts without factors, such as --steer=17; --steer_sweep sets the factors"
+    expected = "concepts alone, as in --steer=17" if sweep else "CONCEPT:FACTOR, such as error:-8"
     factors = {}
     for part in text.split(","):
         name, colon, factor = part.rpartition(":")
@@ -67,34 +64,29 @@ def parse_steer(text, n_concepts, sweep=False):
         except ValueError:  # a colon in the words
             name, factor = part, None
         name, where = name.strip(), f"steer={part!r}:"
-        if not name or (factor is None) != sweep:
-            raise UserError(f"{where} expected {expected}")
-        if not sweep and not abs(factor) <= 1000:  # or NaN
-            raise UserError(f"{where} the factor must be a number from -1000 to 1000")
-        if name.lstrip("-").isdecimal() and not 0 <= int(name) < n_concepts:
-            raise UserError(f"{where} the model has concepts 0 to {n_concepts - 1}")
-        name = int(name) if name.isdecimal() else name
-        if name in factors:
-            raise UserError(f"{where} concept {name} already has a factor")
+        if name.removeprefix("-").isdecimal():
+            name = int(name)
+            assert 0 <= name < n_concepts, f"{where} the model has concepts 0 to {n_concepts - 1}"
+        assert name != "" and (factor is None) == sweep, f"{where} expected {expected}"
+        assert sweep or abs(factor) <= 1000, f"{where} the factor must be from -1000 to 1000"
+        assert name not in factors, f"{where} concept {name} already has a factor"
         factors[name] = factor
     return factors
 
 def look_up(words, index, tokenizer):
     """The best match for the words, as in `concepts.py --find`. Prints what it found."""
     found = find([describe(index, concept, tokenizer) for concept in used(index)], words)
-    if not found:
-        raise UserError(f"steer={words!r}: no concept matches; python concepts.py RUN lists all "
-                        "concepts, --find=WORDS searches them")
+    assert found, f"steer={words!r}: no concept matches; search with concepts.py RUN --find=WORDS"
     concept = found[0]["id"]
     print(f"{words!r}: concept {concept}, at {texts(found[0]['current'])}, "
           f"before {index.name(concept, tokenizer)}")
     return concept
 
 def candidates(index, tokenizer, most=32):
-    """The most predicted concepts named by words: at least half of the name's tokens have four
-    letters or more. All of the most predicted ones if no name is like that."""
+    """The most predicted concepts with at least NAME / 2 typical next tokens of four letters or
+    more; the most predicted of all if there is none."""
     def words(concept):
-        tokens = [tokenizer.decode([t]).strip() for t in index.next_ids(concept)]
+        tokens = (tokenizer.decode([t]).strip() for t in index.next_ids(concept))
         return sum(len(token) > 3 and token.isalpha() for token in tokens)
     common = choose_concepts(index)
     return ([c for c in common if 2 * words(c) >= NAME] or common)[:most]
@@ -104,8 +96,7 @@ def choose(model, tokenizer, idx, index, n=3, factors=(-8.0, 8.0)):
     """{concept: factor}: the n candidates whose typical next tokens gain most in probability at the
     end of the prompt, by ratio, under one of the factors; each with another first token."""
     c = model.config
-    window = idx[:, -c.block_size:]
-    h = model.forward_blocks(model.embed(window), 0, c.insert_at)  # the same for all factors
+    h = model.forward_blocks(model.embed(idx[:, -c.block_size:]), 0, c.insert_at)  # not steered
 
     def next_token(variants):  # probabilities (variants, V)
         scale = scales(variants, c.n_concepts, idx.device)
@@ -127,24 +118,21 @@ def choose(model, tokenizer, idx, index, n=3, factors=(-8.0, 8.0)):
     return chosen
 
 def plan(chosen, sweep, together, index, tokenizer):
-    """[(title, {concept: factor})] to generate: plain, and steered by each chosen {concept: factor}
+    """{title: {concept: factor}} to generate: plain, and steered by each chosen {concept: factor}
     (or all together); for a sweep, one per factor."""
     if sweep:
         for concept in chosen:
             print(f"concept {concept}, before {index.name(concept, tokenizer)}")
-        return [(f"× {factor}", dict.fromkeys(chosen, factor)) for factor in SWEEP]
-    steered = [(f"concept {c} × {f:g}, before {index.name(c, tokenizer)}", {c: f})
-               for c, f in chosen.items()]
-    if together:
-        steered = [("; ".join(title for title, _ in steered), chosen)]
-    return [("plain", {}), *steered]
+        return {f"× {factor}": dict.fromkeys(chosen, factor) for factor in SWEEP}
+    steered = {f"concept {c} × {f:g}, before {index.name(c, tokenizer)}": {c: f}
+               for c, f in chosen.items()}
+    return {"plain": {}} | ({"; ".join(steered): chosen} if together else steered)
 
 # --------------------------------------------------------------------------------------------------
 # On the screen
 
 def columns(texts, width):
-    """Texts next to each other in columns of equal width, longer lines wrapped. A single text is
-    left as it is."""
+    """Texts next to each other, wrapped into columns of equal width; a single one as it is."""
     if len(texts) == 1:
         return texts[0]
     each = (width - 3 * (len(texts) - 1)) // len(texts)
@@ -157,12 +145,11 @@ def columns(texts, width):
 def concepts_at(model, idx, scale=None):
     """The concepts predicted at each token of idx (1, T), TopK (1, T, k), each from at least half a
     block of context where T exceeds block_size."""
-    size, parts, done = model.config.block_size, [], 0
-    while done < idx.shape[1]:
-        start = max(0, done - size // 2)
+    size, parts = model.config.block_size, []
+    half = size // 2
+    for start in range(0, max(1, idx.shape[1] - half), size - half):
         top = model.concepts(idx[:, start:start + size], scale)
-        parts.append([t[:, done - start:] for t in top])
-        done = min(idx.shape[1], start + size)
+        parts.append([t[:, half if start else 0:] for t in top])
     return TopK(*(torch.cat(t, dim=1) for t in zip(*parts, strict=True)))
 
 def gloss(cells, width):
@@ -200,12 +187,11 @@ def read_prompt(start, tokenizer):
 def load_models(cfg, content, model, load_concept_model):
     """The models that generate, {name: GPT}: the run, its steerable concept model, or both."""
     which, c = cfg.model or ("both" if cfg.steer else "run"), model.config
-    if c.insert != "concept" and (cfg.steer or cfg.inspect or which != "run"):
-        raise UserError(f"method={content['train_config']['method']!r} has no concepts: --steer, "
-                        "--inspect and --model need a cocomix run")
-    if cfg.steer and c.mix == "none" and which != "concept":
-        raise UserError("mix='none' leaves nothing to steer but the concept model; add "
-                        "--model=concept")
+    assert c.insert == "concept" or not cfg.steer and not cfg.inspect and which == "run", (
+        f"method={content['train_config']['method']!r} has no concepts: --steer, --inspect and "
+        "--model need a cocomix run")
+    assert not cfg.steer or c.mix != "none" or which == "concept", (
+        "mix='none' leaves nothing to steer but the concept model; add --model=concept")
     models = {} if which == "concept" else {"CoCoMix": model}
     if which != "run":
         try:
@@ -229,7 +215,7 @@ def main(argv):
     idx = torch.tensor([prompt], device=device)
     models = load_models(cfg, content, model, load_concept_model)
 
-    auto, index, variants, scale = cfg.steer == "auto", None, [("", {})], None
+    auto, index, variants, scale = cfg.steer == "auto", None, {"": {}}, None
     chosen = parse_steer(cfg.steer, C, cfg.steer_sweep) if cfg.steer and not auto else {}
     if cfg.steer or cfg.inspect:
         index = index_of_run(path, content, model, load_concept_model, device)
@@ -240,7 +226,7 @@ def main(argv):
         chosen = {look_up(name, index, tokenizer) if isinstance(name, str) else name: factor
                   for name, factor in chosen.items()}
         variants = plan(chosen, cfg.steer_sweep, not auto, index, tokenizer)
-        scale = scales([factors for _, factors in variants], C, device)
+        scale = scales(variants.values(), C, device)
 
     tokens = {}  # name → (variants · samples, T)
     for name, gpt in models.items():
@@ -248,16 +234,14 @@ def main(argv):
         tokens[name] = generate(gpt, idx.expand(cfg.num_samples, -1), cfg.max_new_tokens,
                                 cfg.temperature, cfg.top_k, scale, generator)
     width = shutil.get_terminal_size((100, 24)).columns
-    for row in range(len(variants) * cfg.num_samples):
-        variant, sample = divmod(row, cfg.num_samples)
-        title = variants[variant][0] or f"sample {sample + 1}"
-        print(f"\n── {title} {'─' * max(0, width - 4 - len(title))}")
+    for row, (title, sample) in enumerate(product(variants, range(cfg.num_samples))):
+        print(f"\n── {title or f'sample {sample + 1}'} ".ljust(width + 1, "─"))
         ids = {name: t[row, prompt == [tokenizer.eot_token]:] for name, t in tokens.items()}
         if len(ids) > 1:
             print(columns([name.upper() for name in ids], width))
         print(columns([tokenizer.decode(t.tolist()) for t in ids.values()], width))
         if cfg.inspect:
-            factors = None if scale is None else scale[variant]
+            factors = None if scale is None else scale[row // cfg.num_samples]
             for name, t in ids.items():
                 shown = inspection(models[name], t, factors, index, tokenizer, width)
                 print(f"\n{name}:\n{shown}")

@@ -4,6 +4,7 @@ One pass over training tokens finds the tokens at which each concept is a label,
 follow (the typical ones are its name), and where it is strongest. Saved next to the run.
 """
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,39 +56,17 @@ class ConceptIndex(NamedTuple):
         names = [repr(tokenizer.decode([t])) for t in self.next_ids(concept, n)]
         return " ".join(names) or "(never a label)"
 
-class PairCounts:
-    """Counts of (concept, token) pairs; each merge keeps only the `limit` most frequent ones."""
-    def __init__(self, limit=1 << 23):
-        self.limit, self.new = limit, []
-        self.keys = self.counts = np.empty(0, np.int64)
+def typical(labels, tokens, everywhere, C, prior=20):
+    """The tokens most typical of each concept: (ids, share, lift), each (C, TOKENS). labels (N, k):
+    the concepts at N places; tokens (N, 1): the token there; everywhere (V,): counts of all tokens.
 
-    def add(self, keys):
-        """keys: concept · V + token, once per occurrence."""
-        self.new.append(keys)
-        if sum(map(len, self.new)) > max(1 << 20, len(self.keys)):
-            self.merge()
-
-    def merge(self):
-        keys = np.concatenate((self.keys, *self.new))
-        weights = np.ones(len(keys))
-        weights[:len(self.counts)] = self.counts
-        self.keys, inverse = np.unique(keys, return_inverse=True)
-        self.counts, self.new = np.bincount(inverse, weights).astype(np.int64), []
-        if len(self.keys) > self.limit:
-            kept = np.sort(np.argpartition(-self.counts, self.limit)[:self.limit])
-            self.keys, self.counts = self.keys[kept], self.counts[kept]
-
-def typical(pairs, everywhere, C, prior=20):
-    """The tokens most typical of each concept: (ids, share, lift), each (C, TOKENS).
-
-    share = p(token | concept), smoothed by `prior` pseudo-observations from p(token);
-    lift = share / p(token) > 1. Sorted by share · log lift, the token's term of the KL divergence:
-    lift alone favours rare tokens, share alone common ones.
+    share = p(token | concept), smoothed by `prior` pseudo-observations; lift = share / p(token).
+    Tokens with lift > 1 are sorted by share · log lift, their terms of the KL divergence.
     """
-    pairs.merge()
-    concept, token = np.divmod(pairs.keys, len(everywhere))  # concepts ascending
-    p = everywhere.numpy()[token] / everywhere.sum().item()
-    share = (pairs.counts + prior * p) / (np.bincount(concept, pairs.counts, C)[concept] + prior)
+    pairs, counts = np.unique(labels * len(everywhere) + tokens, return_counts=True)
+    concept, token = np.divmod(pairs, len(everywhere))  # concepts ascending
+    p = everywhere[token] / everywhere.sum()
+    share = (counts + prior * p) / (np.bincount(concept, counts, C)[concept] + prior)
     lift = share / p
     score = share * np.log(lift)
     order = np.lexsort((-score, concept))
@@ -100,30 +79,24 @@ def typical(pairs, everywhere, C, prior=20):
     ids, share, lift = torch.from_numpy(table)
     return ids.int(), share.float(), lift.float()
 
-class Strongest:
-    """The n largest values of each of C concepts, at most one per block, and where they occur."""
-    def __init__(self, C, n=CONTEXTS, device="cpu"):
-        self.value = torch.full((C, n), -torch.inf, device=device)
-        self.where = torch.full((C, n), NOWHERE, device=device)
+def strongest(found, top, where):
+    """(values, places), (C, n) each: every concept's n largest values, at most one per block, in
+    `found` so far and in a TopK (rows, T, k) of tokens at the places `where` (rows, T)."""
+    rows, (C, n) = len(where), found[0].shape
+    value, concept = top.values.float().flatten(1), top.indices.flatten(1)
+    best = value.new_full((rows, C), -torch.inf).scatter_reduce_(1, concept, value, "amax")
+    where = where.repeat_interleave(top.values.shape[-1], dim=1)
+    where = where.masked_fill(value != best.gather(1, concept), NOWHERE)
+    first = where.new_full((rows, C), NOWHERE).scatter_reduce_(1, concept, where, "amin")
+    values, order = torch.cat((found[0], best.T), 1).sort(dim=1, descending=True, stable=True)
+    return values[:, :n], torch.cat((found[1], first.T), 1).gather(1, order[:, :n])
 
-    def add(self, top, where):
-        """top: TopK (rows, T, k). where: position in the file of each token, (rows, T)."""
-        rows, k, (C, n) = len(where), top.values.shape[-1], self.value.shape
-        value, concept = top.values.float().flatten(1), top.indices.flatten(1)
-        best = value.new_full((rows, C), -torch.inf).scatter_reduce_(1, concept, value, "amax")
-        is_best = value == best.gather(1, concept)
-        place = where.repeat_interleave(k, dim=1).masked_fill(~is_best, NOWHERE)
-        first = place.new_full((rows, C), NOWHERE).scatter_reduce_(1, concept, place, "amin")
-        values, places = torch.cat((self.value, best.T), 1), torch.cat((self.where, first.T), 1)
-        values, order = values.sort(dim=1, descending=True, stable=True)
-        self.value, self.where = values[:, :n], places.gather(1, order[:, :n])
-
-    def contexts(self, tokens):
-        """(tokens around each place (C, n, BEFORE + 1 + AFTER), padded with -1; the values)."""
-        places = self.where[..., None].cpu().numpy() + np.arange(-BEFORE, AFTER + 1)
-        inside = (places >= 0) & (places < len(tokens))
-        around = np.where(inside, tokens[places * inside].astype(np.int32), -1)
-        return torch.from_numpy(around), self.value.cpu()
+def contexts_at(tokens, values, places):
+    """(tokens around each place (C, n, BEFORE + 1 + AFTER), padded with -1; the values)."""
+    at = places[..., None].cpu().numpy() + np.arange(-BEFORE, AFTER + 1)
+    inside = (at >= 0) & (at < len(tokens))
+    around = np.where(inside, tokens[at * inside].astype(np.int32), -1)
+    return torch.from_numpy(around), values.cpu()
 
 def column_norms(model):
     """‖W_:,i‖ of the compress matrix, (C,): how far one unit of each concept moves ĉ."""
@@ -143,16 +116,16 @@ def promoted(model, n=TOKENS):
 def neighbours(directions, n=NEIGHBOURS):
     """Nearest concepts by cosine: unit rows (C, d) → ids and cosines, (C, n) each."""
     tops = []
-    for first in range(0, len(directions), 1024):
-        cosine = directions[first:first + 1024] @ directions.T
-        cosine[:, first:first + len(cosine)].fill_diagonal_(-torch.inf)  # not its own neighbour
+    for i, rows in enumerate(directions.split(1024)):
+        cosine = rows @ directions.T
+        cosine.diagonal(1024 * i).fill_(-torch.inf)  # not its own neighbour
         tops.append(cosine.topk(min(n, len(directions) - 1)))
     values, ids = (torch.cat(parts).cpu() for parts in zip(*tops, strict=True))
     return ids.int(), values
 
 @torch.no_grad()
 def build_index(content, model, concept_model, tokens, device):
-    """The ConceptIndex of a run over about `tokens` training tokens, in bounded memory."""
+    """The ConceptIndex of a run over about `tokens` training tokens, all in memory."""
     c, bins = model.config, len(EDGES) - 1
     C, V, T = c.n_concepts, c.vocab_size, c.block_size
     train = tokens_of_run(content, "train")
@@ -160,49 +133,49 @@ def build_index(content, model, concept_model, tokens, device):
     rows = max(1, min(per_step // T, -(-tokens // T), (len(train) - 1) // T))
     batches = Batches(train, T, rows, V, shift=False)
     steps = max(1, min(round(tokens / (rows * T)), batches.blocks // rows))
-    labelled = predicted = activations = everywhere = 0
-    current, following, edges = PairCounts(), PairCounts(), EDGES[1:-1].to(device)
-    strongest, most_predicted = Strongest(C, device=device), Strongest(C, device=device)
+    predicted, activations, edges, seen = 0, 0, EDGES[1:-1].to(device), []
+    nothing = torch.full((C, CONTEXTS), -torch.inf, device=device)
+    most_active = most_predicted = nothing, torch.full_like(nothing, NOWHERE, dtype=torch.int64)
     with progress(steps * rows * T, "concept index", "tok", unit_scale=True, leave=False) as bar:
         for step in range(steps):
             x, y = (t.to(device) for t in batches[step])
             labels, _, active = concept_model.targets(x, y, teaches=False)
             kept = model.concepts(x)
-            labelled += labels.flatten().bincount(minlength=C)
+            seen.append(torch.cat((labels, x[..., None], y[..., None]), 2).flatten(0, 1).cpu())
             predicted += kept.indices.flatten().bincount(minlength=C)
             bin_of = active.indices * bins + torch.bucketize(active.values, edges)
             activations += bin_of[active.values > 0].bincount(minlength=C * bins)
-            everywhere += torch.cat((x, y)).flatten().bincount(minlength=V)
-            current.add((labels * V + x[..., None]).flatten().cpu().numpy())
-            following.add((labels * V + y[..., None]).flatten().cpu().numpy())
             where = torch.from_numpy(batches.starts(step)[:, None] + np.arange(T)).to(device)
-            strongest.add(active, where)
-            most_predicted.add(kept, where)
+            most_active = strongest(most_active, active, where)
+            most_predicted = strongest(most_predicted, kept, where)
             bar.update(y.numel())
+    seen = torch.cat(seen).numpy()
+    labels, current, following = seen[:, :-2], seen[:, -2:-1], seen[:, -1:]
+    everywhere = np.bincount(seen[:, -2:].ravel(), minlength=V)
     effects, norm = torch.zeros(2, C, 0).int(), torch.zeros(C)
     if c.mix != "none":
         effects, norm = promoted(model), torch.from_numpy(column_norms(model))
     return ConceptIndex(
         model_hash(model), tokens, steps * rows * T,
-        labelled.cpu(), predicted.cpu(), activations.view(C, -1).cpu(),
-        *typical(following, everywhere.cpu(), C), *typical(current, everywhere.cpu(), C),
+        torch.from_numpy(np.bincount(labels.ravel(), minlength=C)), predicted.cpu(),
+        activations.view(C, -1).cpu(), *typical(labels, following, everywhere, C),
+        *typical(labels, current, everywhere, C),
         *effects, norm, *neighbours(concept_model.sae.decoder),
-        *strongest.contexts(train), *most_predicted.contexts(train))
+        *contexts_at(train, *most_active), *contexts_at(train, *most_predicted))
 
 def index_of_run(path, content, model, concept_model, device, tokens=None):
-    """The ConceptIndex of the run whose checkpoint is at `path`: loaded from concepts.pt if that is
-    of the same weights and `tokens` training tokens (None: any number), else built and saved.
-    concept_model: the run's ConceptModel, or a function that loads it if it is needed."""
+    """The ConceptIndex of the run whose checkpoint is at `path`, from concepts.pt next to it; built
+    and saved if that has other weights or not `tokens` training tokens (None: any number).
+    concept_model: the run's ConceptModel, or a function that loads it."""
     stored = Path(path).parent / "concepts.pt"
-    try:
+    with suppress(FileNotFoundError, UserError, TypeError):  # missing, damaged, an older version's
         found = ConceptIndex(**read_tensors(stored, "a concept index"))
         if found.checkpoint == model_hash(model) and tokens in (None, found.requested):
             return found
-    except (FileNotFoundError, UserError, TypeError):
-        pass  # missing, damaged, or of an older version
     tokens = tokens or 1_000_000
     print(f"building {stored} from {tokens:,} training tokens (once per checkpoint)")
-    concept_model = concept_model() if callable(concept_model) else concept_model
+    if callable(concept_model):
+        concept_model = concept_model()
     index = build_index(content, model, concept_model, tokens, device)
     with atomic_write(stored) as file:
         torch.save(index._asdict(), file)
@@ -224,20 +197,20 @@ def describe(index, concept, tokenizer):
     def contexts(ids, values):
         return [[text(t[:BEFORE]), text(t[BEFORE:BEFORE + 1]), text(t[BEFORE + 1:]), round(v, 2)]
                 for t, v in zip(row[ids], row[values], strict=True) if v > -torch.inf]
+    nearest = zip(row["neighbours"], row["cosine"], strict=True)
     return dict(
         id=concept, labelled=row["labelled"], predicted=row["predicted"],
         norm=round(row["norm"], 4), next=typical_tokens("next"), current=typical_tokens("current"),
         promotes=[text([t]) for t in row["promotes"]],
         suppresses=[text([t]) for t in row["suppresses"]],
-        neighbours=[[i, round(cosine, 3)]
-                    for i, cosine in zip(row["neighbours"], row["cosine"], strict=True)],
+        neighbours=[[i, round(cosine, 3)] for i, cosine in nearest],
         activations=row["activations"], contexts=contexts("contexts", "contexts_activation"),
         predictions=contexts("predictions", "predictions_logit"))
 
 def used(index):
     """The concepts that were ever a label or predicted, most used first."""
     use = index.labelled + index.predicted
-    return use.argsort(descending=True, stable=True)[:(use > 0).sum()].tolist()
+    return use.argsort(descending=True, stable=True)[:use.count_nonzero()].tolist()
 
 def similarity(token, word):
     """Ratio of lengths if one contains the other and is not much shorter; else 0."""
@@ -248,9 +221,8 @@ def similarity(token, word):
 def find(entries, query):
     """The entries (see `describe`) that match the words of a query, best match first.
 
-    A word scores similarity · share · log lift (see `typical`) over the concept's tokens, plus a
-    tenth of the share of its contexts that contain it. Square roots are summed: a match for every
-    word beats a strong match for one.
+    A word scores similarity · share · log lift over the concept's tokens, plus a tenth of the share
+    of its contexts with it. Sums of square roots favour a match for every word.
     """
     def score(e, word):
         total = sum(similarity(token, word) * share * math.log(lift)

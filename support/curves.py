@@ -81,12 +81,11 @@ def log_of(run):
     return path
 
 def named(paths):
-    """[(short name, path)]: the name of the run's folder or log; its path where names repeat."""
-    runs = [path.parent if path.name in ("ckpt.pt", "log.jsonl") else path.with_suffix("")
-            for path in paths]
-    unique = len({run.name for run in runs}) == len(runs)
-    return [(run.name if unique else str(run), path)
-            for run, path in zip(runs, paths, strict=True)]
+    """[(name of the run's folder or log, path)]; where names repeat, their paths are the names."""
+    runs = {path: path.parent if path.name in ("ckpt.pt", "log.jsonl") else path.with_suffix("")
+            for path in paths}
+    unique = len({run.name for run in runs.values()}) == len(paths)
+    return [(runs[path].name if unique else str(runs[path]), path) for path in paths]
 
 class Curve(NamedTuple):
     """The training of one method, at the evaluations that all of its seeds share."""
@@ -114,28 +113,25 @@ def read_curve(name, logs):
     if not shared:
         raise UserError(f"{name}: no evaluation after the start in all of its logs; train longer, "
                         "or with a smaller --eval_interval")
-    speeds = []
+    losses, speeds = {}, []
     for log, at in zip(logs, points, strict=True):
+        losses[log[0].get("seed")] = [at[tokens]["val_loss"] for tokens in shared]
         logged = [line["tokens_per_s"] for line in log if "tokens_per_s" in line]
         speeds.append(statistics.median(logged or [max(at) / at[max(at)]["seconds"]]))
-    start = logs[0][0]
-    flops = (start.get("flops_per_token") or 0) + (start.get("concept_flops_per_token") or 0)
-    losses = {log[0].get("seed"): [at[tokens]["val_loss"] for tokens in shared]
-              for log, at in zip(logs, points, strict=True)}
     seconds = [statistics.fmean(tokens / speed for speed in speeds) for tokens in shared]
-    return Curve(shared, losses, seconds, flops)
+    flops = [logs[0][0].get(key) or 0 for key in ("flops_per_token", "concept_flops_per_token")]
+    return Curve(shared, losses, seconds, sum(flops))
 
 def spread(values, form=".3f"):
     """Mean ± half the range, as text; only the mean of a single value."""
     values = list(values)
-    mean = f"{statistics.fmean(values):{form}}"
-    if not mean.strip("-0.%"):
-        mean = mean.removeprefix("-")  # no -0.000
-    return mean + (f" ± {(max(values) - min(values)) / 2:{form}}" if len(values) > 1 else "")
+    text = f"{statistics.fmean(values):{form}}"
+    if not text.strip("-0.%"):
+        text = text.removeprefix("-")  # no -0.000
+    return text + (f" ± {(max(values) - min(values)) / 2:{form}}" if len(values) > 1 else "")
 
 def tokens_to_reach(tokens, losses, goal):
-    """Tokens after which a curve is first at or below the loss `goal`, interpolated linearly;
-    None if it never is."""
+    """Tokens after which a curve first reaches the loss `goal`, interpolated; None if never."""
     if losses[0] <= goal:
         return tokens[0]
     for (start, high), (end, low) in pairwise(zip(tokens, losses, strict=True)):
@@ -166,12 +162,12 @@ def versus_first(curve, first, end):
     return [difference, spread(tokens, ".1%"), flops]
 
 def learning_curves(curves, columns=4):
-    """{name: Curve} as a Markdown table: validation loss at up to `columns` shared evaluations; the
-    final loss minus the first run's; tokens and FLOPs needed to reach the first run's final loss,
-    relative to the first run; FLOPs and seconds of the whole run. ±: half the range over seeds."""
+    """{name: Curve} as a Markdown table: losses at up to `columns` shared evaluations, the last one
+    minus the first run's; tokens and FLOPs needed to reach the first run's final loss, relative to
+    its own; FLOPs and seconds in all. ±: half the range over seeds."""
     shared, first = shared_tokens(curves), next(iter(curves.values()))
     n = min(columns, len(shared))
-    shown = [shared[round((i + 1) * len(shared) / n) - 1] for i in range(n)]
+    shown = [shared[round(i * len(shared) / n) - 1] for i in range(1, n + 1)]
     rows = [["run", "seeds", *(f"loss at {tokens / 1e6:.2f}M" for tokens in shown), "vs first",
              "tokens needed", "FLOPs needed", "FLOPs", "seconds"]]
     rows.append(["---"] + ["---:"] * (len(rows[0]) - 1))
@@ -197,12 +193,13 @@ def new_figure(rows, columns, width, height, **options):
 
 def picture_path(path):
     """Refuse a path that no picture can be written to (None: no picture)."""
-    if path and (Path(path).suffix not in (".png", ".svg", ".pdf") or Path(path).is_dir()):
+    suffix = Path(path or "").suffix
+    if suffix and (suffix not in (".png", ".svg", ".pdf") or Path(path).is_dir()):
         raise UserError(f"plot={str(path)!r}: expected a file name ending in .png, .svg or .pdf")
 
 def save_figure(figure, path):
-    """Write a figure to path or, where that has no suffix, to a .png and an .svg. The same figure
-    gives the same bytes. Returns the paths as text."""
+    """Write a figure to path, or without a suffix to a .png and an .svg; the same figure gives the
+    same bytes. Returns the paths as text."""
     paths = [Path(path)] if Path(path).suffix else [Path(f"{path}.png"), Path(f"{path}.svg")]
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # else computed again, a little differently, per file
@@ -219,9 +216,9 @@ def count_axis(axis):
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 def plot(path, curves, panels=None):
-    """Draw {name: Curve}: validation loss against tokens, FLOPs and training time, with a band from
-    the best to the worst seed. The first fifth of training may lie above the picture.
-    panels {title: names}: one row of three for each. Returns the paths written."""
+    """Draw {name: Curve}: loss against tokens, FLOPs and time, with a band from the best to the
+    worst seed; the first fifth of training may lie above it. panels {title: names}: a row for each.
+    Returns the paths written."""
     panels = {title: found for title, names in (panels or {}).items()
               if (found := [name for name in names if name in curves])} or {"": list(curves)}
     height = 4 if len(panels) == 1 else 3 * len(panels)
@@ -253,16 +250,17 @@ def draw_curve(axes, name, curve):
     return best[late:] + worst[late:]
 
 def merge_evaluations(lines):
-    """Lines of an eval.jsonl → one per checkpoint, by tokens. Where a checkpoint was evaluated
-    several times, the latest of the most complete evaluations counts."""
+    """Lines of an eval.jsonl → one per checkpoint, by tokens: the latest of its most complete
+    evaluations."""
+    def completeness(line):
+        return line.get("limit") or math.inf, line.get("val_tokens", 0)
     at = {}
-    for line in sorted(lines, key=lambda line: (line.get("limit") or math.inf,
-                                                line.get("val_tokens", 0))):
+    for line in sorted(lines, key=completeness):
         at.setdefault(line["tokens"], {}).update(line)
     return [at[tokens] for tokens in sorted(at)]
 
 def plot_tasks(path, evaluations):
-    """Draw the paper's measures against training tokens, from {name: lines of its eval.jsonl}:
+    """Draw the paper's measures in {name: lines of its eval.jsonl} against training tokens:
     PATH-averages (Figure 2) and PATH-tasks (Figures 7 to 9). Returns the paths written."""
     averages = dict(perplexity="val ppl", task_perplexity="mean ppl (LAMBADA, WikiText)",
                     average_accuracy="mean accuracy (5 tasks)")
@@ -281,8 +279,7 @@ def plot_tasks(path, evaluations):
                 axis.yaxis.set_major_formatter("{x:.1%}")
         figure.supxlabel("training tokens", fontsize=10)
         axes.flat[0].legend(frameon=False)
-        stem = f"{Path(path).stem}-{which}"
-        written.append(save_figure(figure, Path(path).with_stem(stem)))
+        written.append(save_figure(figure, Path(path).with_stem(f"{Path(path).stem}-{which}")))
     return " ".join(written)
 
 def compare(runs, picture):

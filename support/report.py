@@ -15,35 +15,33 @@ from support.tokens import Batches, tokens_of_run
 TEMPLATE = Path(__file__).with_name("report.html")
 
 def check_arguments(cfg, rest, argv, label_keys):
-    """UserError if arguments of concepts.py contradict each other."""
+    """Refuse arguments of concepts.py that contradict each other."""
     picture_path(cfg.plot)
-    if cfg.plot and not cfg.weights:
-        raise UserError("--plot draws the norms that --weights prints: give both")
-    if cfg.write_labels and rest:
-        raise UserError(f"--write_labels takes a config file of train.py, not {rest[0]!r}")
+    assert cfg.weights or not cfg.plot, "--plot draws what --weights prints: give both"
+    assert not (cfg.write_labels and rest), (
+        f"--write_labels takes a config file of train.py, not {rest[0]!r}")
     changed = [name for name in label_keys if name != "device"
                and getattr(cfg, name) != getattr(type(cfg), name)]
     if changed and not (cfg.write_labels or cfg.download):
-        files = [arg for arg in argv if arg.endswith(".py") and not arg.startswith("-")]
-        raise UserError(f"{files[0] if files else '--' + changed[0]} is for --write_labels; the "
-                        "concepts of a run are read with the run's own settings")
+        given = [arg for arg in argv if arg.endswith(".py") and not arg.startswith("-")]
+        given.append(f"--{changed[0]}")
+        raise UserError(f"{given[0]} is for --write_labels; a run is read with its own settings")
 
 def check_run(content, weights):
-    """UserError unless a checkpoint's run has concepts (weights: and a compress matrix)."""
-    insert, mix = content["model_config"]["insert"], content["model_config"]["mix"]
-    if insert != "concept" or weights and mix == "none":
-        missing = "compress matrix" if insert == "concept" else "concepts"
-        raise UserError(f"a run of method={content['train_config']['method']!r}, mix={mix!r} has "
-                        f"no {missing}; name a cocomix run")
+    """Refuse a checkpoint whose run has no concepts (weights: or no compress matrix)."""
+    model, method = content["model_config"], content["train_config"]["method"]
+    assert model["insert"] == "concept", (
+        f"a run of method={method!r} has no concepts; name a cocomix run")
+    assert model["mix"] != "none" or not weights, (
+        "mix='none' has no compress matrix; name a cocomix run with another mix")
 
 def show_index(path, content, model, tokenizer, index, cfg, concept_model):
-    """Print the concepts of the run at `path`: the cfg.top best matches for the words cfg.find, or
-    without words the most used ones and where the HTML report is, with cfg.pages concepts."""
+    """Print the cfg.top concepts that match the words cfg.find best; without words the most used
+    ones, and write the HTML report next to `path`, with cfg.pages concepts."""
     entries = [describe(index, concept, tokenizer) for concept in used(index)]
     if cfg.find is not None:
         matches = find(entries, cfg.find)[:min(cfg.top, 10)]
-        if not matches:
-            raise UserError(f"find={cfg.find!r}: no concept matches; try a part of one word")
+        assert matches, f"find={cfg.find!r}: no concept matches; try a part of one word"
         return print_table(index, matches)
     print_table(index, entries[:cfg.top])
     report = Path(path).with_name("concepts.html")
@@ -52,7 +50,7 @@ def show_index(path, content, model, tokenizer, index, cfg, concept_model):
     print(f"\nreport: {report}")
 
 def print_table(index, entries):
-    labelled, predicted = (index.labelled > 0).sum(), (index.predicted > 0).sum()
+    labelled, predicted = index.labelled.count_nonzero(), index.predicted.count_nonzero()
     print(f"in {index.tokens:,} training tokens, {labelled:,} of {len(index.labelled):,} concepts "
           f"occur as labels and {predicted:,} are predicted\n")
     print(f"{'concept':>8} {'label at':>9} {'predicted':>9} {'‖W‖':>6}  "

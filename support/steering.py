@@ -8,7 +8,6 @@ import torch
 from support.concept_index import NAME
 from support.curves import new_figure, perplexity, save_figure
 from support.engine import generate
-from support.kernels import linear_cross_entropy
 from support.tokens import Batches
 
 FACTORS = (-10.0, -5.0, -2.0, 0.0, 1.0, 2.0, 5.0, 10.0)  # 1: not steered
@@ -32,66 +31,50 @@ def scales(variants, n_concepts, device):
 def steering(models, index, val, device, n_concepts):
     """Steer {name: model} by the n_concepts concepts of an index that its run predicts most.
 
-    Each of PROMPTS starts of val blocks is continued at temperature 1, with the concept's logit
-    multiplied by the factor at every position. All factors of a concept share prompts and random
-    numbers. Returns rows of model, concept, factor and
+    The starts of val blocks are continued at temperature 1, with the same random numbers under all
+    factors. Returns rows of model, concept, factor and
 
         next_tokens   how many of the generated `tokens` are among the concept's NAME typical ones
         loss          nats per token on LOSS_TOKENS of val, unrelated to the concept, steered too
 
-    A factor may be stronger in one model than in another: compare next_tokens at equal perplexity,
-    which does not fully reveal tokens that are merely pasted in.
+    A factor's strength depends on the model: compare next_tokens at equal perplexity, which does
+    not fully reveal tokens that are merely pasted in.
     """
-    chosen, rows = choose_concepts(index, n_concepts), []
+    chosen, C, rows = choose_concepts(index, n_concepts), len(index.predicted), []
     block_size = min(model.config.block_size for model in models.values())
     for name, model in models.items():
         blocks = Batches(val, block_size, 1, model.config.vocab_size, shift=False)
         n_prompts, n_loss = min(PROMPTS, blocks.blocks), -(-LOSS_TOKENS // block_size)
         prompts = torch.cat([blocks[i][0][:, :PROMPT_TOKENS] for i in range(n_prompts)]).to(device)
-        states = [lower_state(model, *blocks[i]) for i in range(min(n_loss, blocks.blocks))]
+        held_out = [[t.to(device) for t in blocks[i]] for i in range(min(n_loss, blocks.blocks))]
         with progress(len(chosen), f"steer {name}", "concept", leave=False) as bar:
             for concept in chosen:
-                variants = [{concept: factor} for factor in FACTORS]
-                scale = scales(variants, len(index.predicted), device)
+                scale = scales([{concept: factor} for factor in FACTORS], C, device)
                 random = torch.Generator(device).manual_seed(concept)
                 texts = generate(model, prompts, NEW_TOKENS, scale=scale, generator=random)
                 typical = index.next_tokens[concept, :NAME].to(device)
                 hits = torch.isin(texts[:, prompts.shape[1]:], typical).view(len(FACTORS), -1)
                 for hit, one, factor in zip(hits, scale, FACTORS, strict=True):
+                    losses = [model(x, y, scale=one).loss.item() for x, y in held_out]
                     rows.append(dict(model=name, concept=concept, factor=factor,
                                      next_tokens=hit.sum().item(), tokens=len(hit),
-                                     loss=steered_loss(model, states, one)))
+                                     loss=sum(losses) / len(losses)))
                 bar.update()
     return rows
-
-def lower_state(model, x, y):
-    """(h at the input of block insert_at: not steered yet; the targets)."""
-    x, y = x.to(model.wte.weight.device), y.to(model.wte.weight.device)
-    return model.forward_blocks(model.embed(x), 0, model.config.insert_at), y
-
-def steered_loss(model, states, scale):
-    """Mean next-token loss on the blocks of `lower_state` under the factors scale (1, C)."""
-    losses = []
-    for h, y in states:
-        h_final = model.ln_f(model.finish(h, model.config.insert_at, scale=scale)[0])
-        loss, _ = linear_cross_entropy(h_final, model.wte.weight, y, model.config.vocab_size)
-        losses.append(loss.item())
-    return sum(losses) / len(losses)
 
 def steering_summary(rows):
     """Rows of `steering` → one per model and factor, averaged over the concepts.
 
     rate: share of typical next tokens. gain: geometric mean of (n + 1) / (n at factor 1, + 1);
-    gain_error: its first-order standard error over concepts. raised: share of concepts whose next
-    tokens became more frequent.
+    gain_error: its first-order standard error. raised: share of concepts with more of them.
     """
     groups, summary = {}, []
     for row in rows:
         groups.setdefault((row["model"], row["factor"]), []).append(row)
     for (name, factor), some in groups.items():
-        counts, plain = (torch.tensor([row["next_tokens"] + 1 for row in group]).double()
-                         for group in (some, groups[name, 1.0]))
-        logs = counts.log() - plain.log()
+        steered, plain = (torch.tensor([row["next_tokens"] + 1 for row in group]).double().log()
+                          for group in (some, groups[name, 1.0]))
+        logs = steered - plain
         gain = logs.mean().exp().item()
         error = logs.std(correction=min(1, len(logs) - 1)).item() / math.sqrt(len(logs))
         rate = sum(row["next_tokens"] / row["tokens"] for row in some) / len(some)
@@ -113,17 +96,16 @@ def plot_steering(path, summary):
     gain, cost = "typical next tokens, × unsteered", "val perplexity, % above unsteered"
     style = dict(marker="o", markersize=4)
     for name in dict.fromkeys(row["model"] for row in summary):
-        some = [row for row in summary if row["model"] == name]
-        plain = next(row["perplexity"] for row in some if row["factor"] == 1)
-        points = [(row["factor"], row["gain"], row["gain_error"],
-                   100 * (row["perplexity"] / plain - 1)) for row in some]
-        factors, gains, errors, costs = zip(*points, strict=True)
+        factors, gains, errors, perplexities = torch.tensor([
+            [row[key] for key in ("factor", "gain", "gain_error", "perplexity")]
+            for row in summary if row["model"] == name], dtype=torch.float64).T
+        costs = 100 * (perplexities / perplexities[factors == 1] - 1)
         axes[0].errorbar(factors, gains, errors, capsize=2, label=name, **style)
         axes[1].plot(factors, costs, **style)
-        points = [point for point in points if point[3] > 0]  # the axis is logarithmic
-        factors, gains, errors, costs = zip(*points, strict=True) if points else [()] * 4
-        axes[2].errorbar(costs, gains, errors, capsize=2, linestyle="none", **style)
-        for factor, y, _, x in points:
+        shown = costs > 0  # the axis is logarithmic
+        axes[2].errorbar(costs[shown], gains[shown], errors[shown], capsize=2, linestyle="none",
+                         **style)
+        for factor, y, x in zip(factors[shown], gains[shown], costs[shown], strict=True):
             axes[2].annotate(f"{factor:g}", (x, y), (5, 4), textcoords="offset points", fontsize=8)
     for axis, x, y in zip(axes, ("factor", "factor", cost), (gain, cost, gain), strict=True):
         axis.set(xlabel=x, ylabel=y)

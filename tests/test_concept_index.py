@@ -110,25 +110,14 @@ def test_contexts_are_the_strongest_with_one_per_block(cocomix, kind):
 def test_the_strongest_in_pieces_are_the_strongest_at_once():
     values, indices = torch.randn(12, 30, 40).topk(5)  # 12 blocks of 30 tokens
     where = torch.arange(12)[:, None] * 1000 + torch.arange(30)
-    once, pieces = concept_index.Strongest(40, 3), concept_index.Strongest(40, 3)
-    once.add(TopK(values, indices), where)
+    nothing = torch.full((40, 3), -math.inf), torch.full((40, 3), concept_index.NOWHERE)
+    once = concept_index.strongest(nothing, TopK(values, indices), where)
+    pieces = nothing
     for i in range(0, 12, 4):
-        pieces.add(TopK(values[i:i + 4], indices[i:i + 4]), where[i:i + 4])
-    assert torch.equal(once.value, pieces.value) and torch.equal(once.where, pieces.where)
-    assert once.value.shape == (40, 3) and (once.value.diff(dim=1) <= 0).all()
-
-def test_pairs_are_counted_exactly_up_to_the_limit():
-    keys = np.random.default_rng(0).zipf(1.3, 20_000) % 5000
-    exact, bounded = concept_index.PairCounts(), concept_index.PairCounts(limit=50)
-    for part in np.split(keys, 20):
-        for pairs in (exact, bounded):
-            pairs.add(part)
-            pairs.merge()
-    counts = dict(zip(exact.keys.tolist(), exact.counts.tolist(), strict=True))
-    assert counts == Counter(keys.tolist())
-    assert len(bounded.keys) == 50
-    for key, _ in Counter(keys.tolist()).most_common(10):
-        assert bounded.counts[bounded.keys == key] == counts[key]
+        top = TopK(values[i:i + 4], indices[i:i + 4])
+        pieces = concept_index.strongest(pieces, top, where[i:i + 4])
+    assert torch.equal(once[0], pieces[0]) and torch.equal(once[1], pieces[1])
+    assert once[0].shape == (40, 3) and (once[0].diff(dim=1) <= 0).all()
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_promoted_tokens_are_those_of_the_column_through_the_final_norm_and_the_head(bias):

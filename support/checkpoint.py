@@ -17,6 +17,8 @@ RUN = ("model_config", "model", "train_config", "uses", "tokenizer", "tokenizer_
 TYPES = dict(tokenizer=str, tokenizer_hash=str, tokenizer_file=torch.Tensor, step=int,
              seconds=float, val_loss=float, best_val_loss=float)
 
+PLACES = "dataset", "concept_model", "sae"  # keys that say where something is
+
 def save_checkpoint(path, **content):
     with atomic_write(path) as file:
         torch.save(content, file)
@@ -79,10 +81,12 @@ def load_optimizer(optimizer, content, path):
     with explain(f"the optimizer's state in {path} does not fit the model", remedy):
         optimizer.load_state_dict(content["optimizer"])
 
-def relocate(content, **given):
-    """Put where things are now (dataset, concept_model, sae; None: where they were) into the
-    train_config of a checkpoint's content."""
-    content["train_config"] |= {name: path for name, path in given.items() if path is not None}
+def relocate(content, cfg):
+    """Put the PLACES that a command's cfg was given into the train_config of a checkpoint's
+    content: where what the run was trained with is now."""
+    for name in PLACES:
+        if getattr(cfg, name) != getattr(type(cfg), name):
+            content["train_config"][name] = getattr(cfg, name)
 
 def models_used(concept_model):
     """The hashes that identify a ConceptModel's parts, for the entry `uses` of a checkpoint."""

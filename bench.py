@@ -93,17 +93,11 @@ def make_models(cfg, device):
     with device:
         return train.build_model(cfg, run, concept_model), concept_model
 
-def asked(cfg, concept_model):
-    """What the run's steps ask of its concept model: everything, its distribution only, or None."""
-    predicts = train.inserts(cfg) in ("concept", "hidden")
-    if predicts and cfg.labels == "fly" and cfg.concept_weight > 0:
-        return concept_model
-    return concept_model.distribution_only() if train.is_taught(cfg) else None
-
 def count(name, cfg):
     """A row of --count; millions of parameters and FLOPs per token, billions of tokens."""
     model, concept_model = make_models(cfg, torch.device("meta"))
-    concept_flops = accounting.label_flops_per_token(asked(cfg, concept_model), cfg.block_size)
+    at_steps = train.asked(cfg, concept_model)
+    concept_flops = accounting.label_flops_per_token(at_steps, cfg.block_size)
     tokens = cfg.max_tokens or cfg.max_iters * cfg.batch_size * cfg.block_size
     measured = read_log(MEASURED) if MEASURED.is_file() else []
     speeds = {line["row"]: line["tokens_per_s"] for line in measured}
@@ -136,7 +130,7 @@ class Row:
         self.x, self.y = torch.randint(c.vocab_size, (2, B, cfg.block_size), device=device)
         if c.n_concepts and cfg.labels == "disk":
             self.labels = torch.randint(c.n_concepts, (*self.x.shape, cfg.attr_k), device=device)
-        self.concept_model = asked(cfg, concept_model)
+        self.concept_model = train.asked(cfg, concept_model)
         self.asks = self.concept_model is not None and kind != "official"
         if kind == "official":
             self.concept_model.gpt.requires_grad_(), self.concept_model.sae.requires_grad_()

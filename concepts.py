@@ -14,6 +14,8 @@ For tokens and their targets, with h the hidden state after block concept_layer:
     labels = the attr_k largest a_i                            concepts that would raise the loss
 """
 from dataclasses import dataclass, fields, replace
+from functools import cache, partial
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from support.runtime import UserError, run  # before torch
@@ -25,13 +27,13 @@ from model import GPT, load_gpt, load_model
 from sae import load_sae
 from support import published, report
 from support.activations import check_layer, hidden_states
-from support.checkpoint import RUN, find_checkpoint, load_checkpoint
+from support.checkpoint import RUN, check_models, find_checkpoint, load_checkpoint, relocate
 from support.cli import key, parse
 from support.concept_index import column_norms, index_of_run
 from support.device import pick_device, uses_bf16
 from support.kernels import Teacher, TopK, gathered_dot, linear_cross_entropy, normalize, topk
 from support.labels import write_all
-from support.tokens import load_tokenizer
+from support.tokens import tokenizer_of_run
 
 class Targets(NamedTuple):
     """What the concept model says about a batch; None where it was not asked."""
@@ -211,18 +213,22 @@ class Config:
     pages: int = key(4096, "concepts in the report, the most used", low=1)
     weights: bool = key(False, "the norms of the compress matrix's columns (Figure 6c)")
     plot: str | None = key(None, "--weights: draw them to this .png, .svg or .pdf")
+    out_dir: str | None = key(None, "folder for concepts.pt and concepts.html (none: the run's)")
     write_labels: bool = key(False, "store the labels of all train tokens for a train.py config")
     download: bool = key(False, "fetch GPT-2 and the published SAE of --concept_layer")
 
 LABEL_KEYS = [f.name for f in fields(Config)][:11]
 
-def concept_model_of_run(content, device):
-    """The ConceptModel that a checkpoint's run learned from; None if it learned no concepts."""
+def concept_model_of_run(content, device, **other_keys):
+    """The ConceptModel that a checkpoint's run learned from, or None if it learned no concepts;
+    other_keys replace some of the run's. UserError: it is missing, or another is in its place."""
     target = content["model_config"]["insert"]
     if target not in ("concept", "hidden"):
         return None
     trained = {k: v for k, v in content["train_config"].items() if k in LABEL_KEYS}
-    return load_concept_model(Config(**trained), device, target)[0]
+    concept_model, _ = load_concept_model(Config(**trained | other_keys), device, target)
+    check_models(content, concept_model)
+    return concept_model
 
 def main(argv):
     cfg, rest = parse(Config, argv, __doc__, most=1, files="shared")
@@ -235,13 +241,14 @@ def main(argv):
     path = find_checkpoint(rest[0] if rest else None)
     content = load_checkpoint(path, RUN)
     report.check_run(content, cfg.weights)
-    model = load_model(content, device)
+    relocate(content, cfg)
+    model, folder = load_model(content, device), Path(cfg.out_dir or path.parent)
     if cfg.weights:
         return report.show_weights(column_norms(model), cfg.plot)
-    concept_model = concept_model_of_run(content, device)
-    index = index_of_run(path, content, model, concept_model, device, cfg.tokens)
-    report.show_index(path, content, model, load_tokenizer(content["tokenizer"]), index, cfg,
-                      concept_model)
+    labels_from = cache(partial(concept_model_of_run, content, device))
+    index = index_of_run(folder, content, model, labels_from, device, cfg.tokens)
+    report.show_index(folder, content, model, tokenizer_of_run(content), index, cfg,
+                      labels_from)
 
 if __name__ == "__main__":
     run(main)

@@ -12,28 +12,30 @@ val loss: the mean over val.bin in blocks of block_size; every token but the fir
 hit rate: the share of label concepts among the concept_k predicted ones; "most common": the same
 for always predicting the concept_k most common labels. The paper's seven tasks give the numbers of
 lm-evaluation-harness 0.4. Evaluations are appended to the run's eval.jsonl, from which --compare
-draws the paper's Figures 2 and 7 to 9.
+draws the paper's Figures 2 and 7 to 9. What can't be computed, because a run's dataset or concept
+model is missing or has changed, is named and left out.
 """
 import functools
 import json
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from support.runtime import progress, run  # before torch
+from support.runtime import UserError, progress, run  # before torch
 
 import torch
 
 import concepts
 from model import load_gpt, load_model
 from support import curves
-from support.checkpoint import RUN, find_checkpoint, load_checkpoint
+from support.checkpoint import RUN, find_checkpoint, load_checkpoint, relocate
 from support.cli import key, parse
 from support.concept_index import index_of_run
 from support.device import pick_device
 from support.log import read_log
 from support.steering import STEERING, plot_steering, steering, steering_summary
 from support.tasks import DETAILS, choose_tasks, details, run_task
-from support.tokens import load_tokenizer, sequential, tokens_of_run
+from support.tokens import sequential, tokenizer_of_run, tokens_of_run
 
 @dataclass(frozen=True)
 class Config:
@@ -45,7 +47,10 @@ class Config:
     eval_data: str | None = key(None, "folder of the tasks' NAME.jsonl[.gz] (none: download them)")
     limit: int | None = key(None, "first documents of each task to use (none: all)", low=1)
     model: str | None = key(None, "also evaluate gpt2 (downloaded), or a folder of its weights")
-    dataset: str | None = key(None, "val.bin to evaluate --model on, in GPT-2's tokens")
+    dataset: str | None = key(None, "evaluate on this one (none: the run's, where it was)")
+    concept_model: str | None = key(None, "where the run's concept model is now")
+    sae: str | None = key(None, "where its SAE is now")
+    out_dir: str | None = key(None, "folder for eval.jsonl and concepts.pt (none: the run's)")
     every: bool = key(False, "all checkpoints of a run (train.py --keep_checkpoints)")
     compare: bool = key(False, "only learning curves, and the cost of the first run's final loss")
     plot: str | None = key(None, "picture to draw, .png, .svg or .pdf; no suffix: .png and .svg "
@@ -56,10 +61,13 @@ class Config:
     device: str = key("auto", "cpu, cuda or mps; auto: the fastest available")
 
 @torch.no_grad()
-def evaluate(content, model, device, tokens=None, batch_size=16):
-    """The validation part of a row; label_concepts: how many different concepts are labels."""
-    concept_model, c = concepts.concept_model_of_run(content, device), model.config
-    val = tokens_of_run(content, "val")[:tokens and tokens + 1]
+def evaluate(content, model, device, tokens=None, batch_size=16, other=False):
+    """The validation part of a row; label_concepts: how many different concepts are labels. other:
+    see tokens_of_run."""
+    val, c = tokens_of_run(content, "val", other)[:tokens and tokens + 1], model.config
+    concept_model = None
+    with left_out("concept loss and hit rate"):
+        concept_model = concepts.concept_model_of_run(content, device, dtype="float32")
     count, labels = len(val) - 1, None
     loss = concept_loss = hits = labelled = 0
     with progress(count, "evaluate", "tok", unit_scale=True, leave=False) as bar:
@@ -71,7 +79,7 @@ def evaluate(content, model, device, tokens=None, batch_size=16):
             loss += out.loss.item() * y.numel()
             if concept_model is not None:
                 concept_loss += out.concept_loss.item() * y.numel()
-            if out.concepts is not None:
+            if concept_model is not None and out.concepts is not None:
                 hit = (labels[..., :, None] == out.concepts.indices[..., None, :]).any(-1)
                 hits += hit.float().mean(-1).sum().item()
                 labelled += torch.bincount(labels.flatten(), minlength=c.n_concepts)
@@ -79,16 +87,16 @@ def evaluate(content, model, device, tokens=None, batch_size=16):
     row = dict(loss=loss / count, perplexity=curves.perplexity(loss / count), val_tokens=count)
     if concept_model is not None:
         row["concept_loss"] = concept_loss / count
-    if c.insert == "concept":
+    if concept_model is not None and c.insert == "concept":
         fixed = labelled.topk(c.concept_k).values.sum() / labelled.sum()
         row |= dict(label_concepts=labelled.count_nonzero().item(), hit_rate=hits / count,
                     fixed_hit_rate=fixed.item())
     return row
 
 @torch.no_grad()
-def official_perplexity(content, model, device, tokens=None, batch_size=16):
+def official_perplexity(content, model, device, tokens=None, batch_size=16, other=False):
     """As the official code computes it: block_size - 1 targets per block, the remainder dropped."""
-    size, val = model.config.block_size, tokens_of_run(content, "val")[:tokens]
+    size, val = model.config.block_size, tokens_of_run(content, "val", other)[:tokens]
     assert len(val) >= size, f"official: val has {len(val)} tokens, less than one block of {size}"
     blocks = torch.from_numpy(val[:len(val) // size * size].astype("int64")).view(-1, size)
     loss = 0.0
@@ -112,18 +120,29 @@ def evaluate_checkpoint(name, content, model, tasks, device, cfg, log=()):
     assert trained["dataset"] or tasks, (
         f"nothing to evaluate {name} on: add --dataset=NAME, in GPT-2's tokens, or --eval_data=DIR")
     if trained["dataset"]:
-        size = cfg.tokens, cfg.batch_size
-        row |= evaluate(content, model, device, *size)
-        if cfg.official:
-            row["official_perplexity"] = official_perplexity(content, model, device, *size)
+        size = cfg.tokens, cfg.batch_size, cfg.dataset is not None
+        with left_out("val loss", tasks):
+            row |= evaluate(content, model, device, *size)
+            if cfg.official:
+                row["official_perplexity"] = official_perplexity(content, model, device, *size)
     if tasks:
-        tokenizer = load_tokenizer(content["tokenizer"])
+        tokenizer = tokenizer_of_run(content)
         for task, documents in tasks.items():
             row |= run_task(task, documents, model, tokenizer, cfg.batch_size)
         row |= curves.averages(row)
         after = f" after {row['tokens']:,} tokens" if "tokens" in row else ""
         print(f"{name}{after}, on {device}:\n{curves.table(details(row, tasks), DETAILS)}\n")
     return row
+
+@contextmanager
+def left_out(what, anything_else=True):
+    """Where the body fails, print what is left out and why; raise if there is nothing else."""
+    try:
+        yield
+    except (UserError, AssertionError, OSError) as e:
+        if not anything_else:
+            raise
+        print(f"left out: {what}: {e}")
 
 def append(path, *rows):
     """Add rows to a .jsonl file."""
@@ -134,24 +153,29 @@ def append(path, *rows):
             file.write(json.dumps(row) + "\n")
 
 def main_evaluate(cfg, runs, device):
-    torch.set_float32_matmul_precision("highest")  # TF32 would round the harness's numbers
     runs = runs or ([None] if cfg.model is None else [])  # None: the newest
     rows, logs = [], {}
     tasks = functools.cache(functools.partial(choose_tasks, cfg.tasks, cfg.eval_data, cfg.limit))
-    for name, path in curves.named(list(map(find_checkpoint, runs))):
-        log, kept = path.with_name("log.jsonl"), [path]
-        logs[name] = read_log(log) if log.is_file() else []
+    named = curves.named(list(map(find_checkpoint, runs)))
+    for name, path in named:
+        if path.with_name("log.jsonl").is_file():
+            logs[name] = read_log(path.with_name("log.jsonl"))
+    assert logs or not cfg.plot, "nothing to draw: no log.jsonl next to these checkpoints"
+    for name, path in named:
+        kept = [path]
         if cfg.every:
             kept = sorted(path.parent.glob("step_*.pt"), key=lambda path: int(path.stem[5:]))
         assert kept, (f"{path.parent} has its last checkpoint only; --every needs a run trained "
                       "with --keep_checkpoints")
         for checkpoint in kept:
             content = load_checkpoint(checkpoint, (*RUN, "step"))
-            so_far = [line for line in logs[name] if line["step"] <= content["step"]]
+            relocate(content, cfg)
+            so_far = [line for line in logs.get(name, []) if line["step"] <= content["step"]]
             rows.append(evaluate_checkpoint(name, content, load_model(content, device),
                                             tasks(content["tokenizer_hash"]), device, cfg, so_far))
             about = dict(limit=cfg.limit, batch_size=cfg.batch_size, evaluated_on=str(device))
-            append(path.with_name("eval.jsonl"), rows[-1] | about)
+            with left_out("a line in eval.jsonl"):
+                append(Path(cfg.out_dir or path.parent) / "eval.jsonl", rows[-1] | about)
     if cfg.model:
         model, tokenizer = load_gpt(cfg.model, device)
         assert tokenizer == "gpt2", f"model={cfg.model!r}: a run, or not with GPT-2's tokens"
@@ -165,19 +189,19 @@ def main_evaluate(cfg, runs, device):
     if cfg.write:
         append(cfg.write, *rows)
     if cfg.plot:
-        logs = {name: log for name, log in logs.items() if log}
-        assert logs, "nothing to draw: no log.jsonl next to these checkpoints"
         print(f"curves: {curves.plot(cfg.plot, curves.read_curves(logs))}")
 
 def main_steering(cfg, runs, device):
     assert len(runs) < 2, f"--steering takes one run, not {len(runs)}: {' '.join(runs)}"
     path = find_checkpoint(runs[0] if runs else None)
     content = load_checkpoint(path, RUN)
-    model, val = load_model(content, device), tokens_of_run(content, "val")
+    relocate(content, cfg)
+    model, val = load_model(content, device), tokens_of_run(content, "val", bool(cfg.dataset))
     assert model.config.insert == "concept" and model.config.mix != "none", (
         f"{path}: nothing to steer: --steering needs a cocomix run with a mix")
-    concept_model = concepts.concept_model_of_run(content, device)
-    index = index_of_run(path, content, model, concept_model, device)
+    concept_model = concepts.concept_model_of_run(content, device, dtype="float32")
+    folder = Path(cfg.out_dir or path.parent)
+    index = index_of_run(folder, content, model, concept_model, device)
     models = {"CoCoMix": model, "concept model": concepts.steerable(concept_model)}
     rows = steering(models, index, val, device, cfg.steered)
     summary = steering_summary(rows)
@@ -190,9 +214,10 @@ def main_steering(cfg, runs, device):
 def main(argv):
     cfg, runs = parse(Config, argv, __doc__, files=False)
     curves.picture_path(cfg.plot)
-    assert not (cfg.write and Path(cfg.write).is_dir()), f"{cfg.write} is a folder; name a file"
-    assert cfg.model or not cfg.dataset, "--dataset is for --model; a run has its own dataset"
+    if cfg.write:
+        append(cfg.write)  # if it fails, then now
     device = pick_device(cfg.device)
+    torch.set_float32_matmul_precision("highest")  # TF32 would round the harness's numbers
     if cfg.steering:
         return main_steering(cfg, runs, device)
     if cfg.compare:

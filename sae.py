@@ -52,6 +52,7 @@ class Config:
     device: str = key("auto", "cpu, cuda, cuda:1 or mps; auto: the fastest available")
     seed: int = key(1337, "for initialisation and data order", low=0, high=2**32 - 1)
     resume: bool = key(False, "resume from out_dir's checkpoint, if there is one")
+    overwrite: bool = key(False, "replace the SAE in out_dir")
 
 class SAE(nn.Module):
     """n_concepts = C latents over hidden states of width d, k of them active."""

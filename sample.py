@@ -23,14 +23,14 @@ import torch
 
 from concepts import concept_model_of_run, steerable
 from model import load_model
-from support.checkpoint import RUN, find_checkpoint, load_checkpoint
+from support.checkpoint import RUN, find_checkpoint, load_checkpoint, relocate
 from support.cli import key, parse
 from support.concept_index import NAME, describe, find, index_of_run, texts, used
 from support.device import pick_device
 from support.engine import generate
 from support.kernels import TopK
 from support.steering import choose_concepts, scales
-from support.tokens import load_tokenizer
+from support.tokens import tokenizer_of_run
 
 SWEEP = (-10, -8, -6, -4, -2, 0, 1, 2, 4, 6, 8, 10)  # 1 changes nothing
 
@@ -48,6 +48,10 @@ class Config:
     model: Literal["run", "concept", "both"] | None = key(
         None, "generate with the run, its concept model, or both (none: both with --steer)")
     inspect: bool = key(False, "print the strongest predicted concepts under each token")
+    dataset: str | None = key(None, "where the run's dataset is now (none: where it was)")
+    concept_model: str | None = key(None, "where its concept model is now")
+    sae: str | None = key(None, "where its SAE is now")
+    out_dir: str | None = key(None, "folder for concepts.pt (none: the run's)")
     device: str = key("auto", "cpu, cuda, cuda:1 or mps; auto: the fastest available")
 
 # --------------------------------------------------------------------------------------------------
@@ -210,7 +214,8 @@ def main(argv):
     device = pick_device(cfg.device)
     path = find_checkpoint(runs[0] if runs else None)
     content = load_checkpoint(path, RUN)
-    model, tokenizer = load_model(content, device), load_tokenizer(content["tokenizer"])
+    relocate(content, cfg)
+    model, tokenizer = load_model(content, device), tokenizer_of_run(content)
     load_concept_model = partial(concept_model_of_run, content, device)
     prompt, C = read_prompt(cfg.start, tokenizer), model.config.n_concepts
     idx = torch.tensor([prompt], device=device)
@@ -219,7 +224,8 @@ def main(argv):
     auto, index, variants, scale = cfg.steer == "auto", None, {"": {}}, None
     chosen = parse_steer(cfg.steer, C, cfg.steer_sweep) if cfg.steer and not auto else {}
     if cfg.steer or cfg.inspect:
-        index = index_of_run(path, content, model, load_concept_model, device)
+        folder = Path(cfg.out_dir or path.parent)
+        index = index_of_run(folder, content, model, load_concept_model, device)
     if auto:
         first = next(iter(models.values()))
         chosen = choose(first, tokenizer, idx, index, n=1 if cfg.steer_sweep else 3)

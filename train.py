@@ -202,6 +202,13 @@ def open_concept_model(cfg, run):
     check_tokenizer(cfg, run.meta, tokenizer, concept_model.gpt)
     return concept_model, open_labels(concept_model, cfg) if cfg.labels == "disk" else None
 
+def asked(cfg, concept_model):
+    """What the steps ask of the concept model: all of it, its distribution only, or None."""
+    predicts = inserts(cfg) in ("concept", "hidden") and cfg.concept_weight > 0
+    if predicts and cfg.labels == "fly":
+        return concept_model
+    return concept_model.distribution_only() if is_taught(cfg) else None
+
 def build_model(cfg, run, concept_model):
     """The run's GPT: new, or the one it resumes."""
     torch.manual_seed(cfg.seed)  # here, so that what all methods share starts from the same weights
@@ -224,14 +231,10 @@ def main(argv):
     concept_model, stored_labels = open_concept_model(cfg, run)
     model = build_model(cfg, run, concept_model)
     optimizer = make_optimizer(model, cfg, run.device)
+    at_steps = asked(cfg, concept_model)
+    run.attach(model, optimizer, concept_model, at_steps)
     predicts = inserts(cfg) in ("concept", "hidden")
-    asked = is_taught(cfg) or predicts and cfg.concept_weight > 0  # at every step
-    run.attach(model, optimizer, concept_model, asked)
     val = run.validation_batches(concept_model if predicts else None)
-    if not asked:
-        concept_model = None
-    elif stored_labels is not None:  # only its next-token distribution is left to ask for
-        concept_model = concept_model.distribution_only() if is_taught(cfg) else None
     with Stop() as stop, run.start():
         model.train()
         if run.step == 0:
@@ -239,7 +242,7 @@ def main(argv):
             run.save()
         for x, y, labels in run.training_batches(stored_labels):
             torch.manual_seed(mixed_seed(cfg.seed, run.step, run.ranks.rank))  # of dropout
-            means = accumulate(run, concept_model, x, y, labels)
+            means = accumulate(run, at_steps, x, y, labels)
             run.advance(update(model, optimizer, cfg, run.step))
             stopping = run.ranks.largest(stop.signal or 0)  # read once; a later one: the next step
             if run.at_log or stopping:

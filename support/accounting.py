@@ -3,17 +3,21 @@
 FLOPs are the minimum, a multiply-add counted as two: only active concepts, only gradients that are
 needed, causal attention at half the square.
 """
+import re
+
 import torch
 
 from support.device import uses_bf16
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12,
-              "3090": 71e12}  # dense, bfloat16
+# dense, bfloat16, by torch.cuda.get_device_name without "NVIDIA" and the memory's size
+PEAK_FLOPS = {"H200": 989e12, "H100 HBM3": 989e12, "H100 SXM5": 989e12, "H100 PCIe": 756e12,
+              "H100 NVL": 835e12, "A100-SXM4": 312e12, "A100-PCIE": 312e12, "A100 PCIe": 312e12,
+              "L40S": 362e12, "GeForce RTX 4090": 165e12, "GeForce RTX 3090": 71e12}
 
 def peak_flops(device):
     """The device's dense bfloat16 FLOP/s, or None if unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+    return PEAK_FLOPS.get(re.sub(r"NVIDIA |[- ]\d+GB", "", name))
 
 def num_params(model, active=False):
     """Parameters. active: count only the concept_k rows of compress that a position uses."""

@@ -1,5 +1,4 @@
 """Training a byte-level BPE tokenizer (Sennrich et al. 2016)."""
-import base64
 import heapq
 from collections import Counter, defaultdict
 from itertools import pairwise
@@ -9,7 +8,7 @@ from support.runtime import progress
 import regex
 
 from support.files import atomic_write
-from support.tokens import SPLIT_PATTERN
+from support.tokens import SPLIT_PATTERN, tokenizer_file
 
 def train_bpe(texts, vocab_size):
     """The ranks {token: rank} of a vocabulary of vocab_size tokens, including end-of-text.
@@ -59,7 +58,5 @@ def train_bpe(texts, vocab_size):
     return ranks
 
 def save_bpe(ranks, path):
-    """Write ranks in tiktoken's format: one line per token, base64 and rank."""
     with atomic_write(path) as file:
-        for token in sorted(ranks, key=ranks.get):
-            file.write(base64.b64encode(token) + b" %d\n" % ranks[token])
+        file.write(tokenizer_file(ranks))

@@ -13,9 +13,12 @@ import torch
 from support.files import atomic_write, fingerprint
 
 # What the checkpoint of a run must hold; every entry is a dict unless TYPES says otherwise.
-RUN = ("model_config", "model", "train_config", "tokenizer", "tokenizer_hash")
-TYPES = dict(tokenizer=str, tokenizer_hash=str, step=int, seconds=float, val_loss=float,
-             best_val_loss=float)
+RUN = ("model_config", "model", "train_config", "uses", "tokenizer", "tokenizer_hash",
+       "tokenizer_file")
+TYPES = dict(tokenizer=str, tokenizer_hash=str, tokenizer_file=torch.Tensor, step=int,
+             seconds=float, val_loss=float, best_val_loss=float)
+PLACES = "dataset", "concept_model", "sae"  # keys that say where something is
+
 def save_checkpoint(path, **content):
     with atomic_write(path) as file:
         torch.save(content, file)
@@ -90,7 +93,31 @@ def load_optimizer(optimizer, content, path):
     with explain(f"the optimizer's state in {path} does not fit the model", remedy):
         optimizer.load_state_dict(content["optimizer"])
 
+def relocate(content, cfg):
+    """Put the PLACES that a command's cfg was given into the train_config of a checkpoint's
+    content: where what the run was trained with is now."""
+    for name in PLACES:
+        if getattr(cfg, name) != getattr(type(cfg), name):
+            content["train_config"][name] = getattr(cfg, name)
+
+def models_used(concept_model):
+    """The hashes that identify a ConceptModel's parts, for the entry `uses` of a checkpoint."""
+    uses = {}
+    if concept_model is not None:
+        uses["concept_model"] = model_hash(concept_model.gpt)
+        if concept_model.sae is not None:
+            uses["sae"] = f"{model_hash(concept_model.sae)} k={concept_model.sae.k}"
+    return uses
+
+def check_models(content, concept_model):
+    """UserError if a part of a ConceptModel is not the one that a checkpoint's run learned from."""
+    for name, found in models_used(concept_model).items():
+        if found != content["uses"].get(name, found):
+            raise UserError(f"{name}={content['train_config'][name]!r} is not the one that this "
+                            f"run learned from: it was replaced or trained again; say where the "
+                            f"old one is now: --{name}=PATH, or train this run again")
+
 def model_hash(model):
-    """A short hash of a model's weights, which identifies the model an SAE was trained on."""
+    """A short hash of a model's weights."""
     return fingerprint(*(p.detach().float().cpu().contiguous().view(torch.uint8).numpy().tobytes()
                          for p in model.parameters()))

@@ -163,12 +163,12 @@ def build_index(content, model, concept_model, tokens, device):
         *effects, norm, *neighbours(concept_model.sae.decoder),
         *contexts_at(train, *most_active), *contexts_at(train, *most_predicted))
 
-def index_of_run(path, content, model, concept_model, device, tokens=None):
-    """The ConceptIndex of the run whose checkpoint is at `path`, from concepts.pt next to it; built
-    and saved if that has other weights or not `tokens` training tokens (None: any number).
-    concept_model: the run's ConceptModel, or a function that loads it."""
-    stored = Path(path).parent / "concepts.pt"
-    with suppress(FileNotFoundError, UserError, TypeError):  # missing, damaged, an older version's
+def index_of_run(folder, content, model, concept_model, device, tokens=None):
+    """The ConceptIndex of a run, from concepts.pt in a folder; built and saved if that has other
+    weights or not `tokens` training tokens (None: any number). concept_model: the run's
+    ConceptModel, or a function that loads it."""
+    stored = Path(folder) / "concepts.pt"
+    with suppress(OSError, UserError, TypeError):  # missing, damaged, an older version's
         found = ConceptIndex(**read_tensors(stored, "a concept index"))
         if found.checkpoint == model_hash(model) and tokens in (None, found.requested):
             return found
@@ -177,8 +177,11 @@ def index_of_run(path, content, model, concept_model, device, tokens=None):
     if callable(concept_model):
         concept_model = concept_model()
     index = build_index(content, model, concept_model, tokens, device)
-    with atomic_write(stored) as file:
-        torch.save(index._asdict(), file)
+    try:
+        with atomic_write(stored) as file:
+            torch.save(index._asdict(), file)
+    except (UserError, OSError) as e:
+        print(f"left out: keeping the index ({e}); --out_dir=FOLDER keeps it elsewhere")
     return index
 
 def texts(tokens, n=5):

@@ -19,6 +19,7 @@ class Ranks:
             gpu = device if device.type == "cuda" else None
             dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(minutes=30),
                                     device_id=gpu)
+            self.on_cpu = dist.new_group(backend="gloo")
 
     def wait(self):
         if self.size > 1:
@@ -43,10 +44,10 @@ class Ranks:
         return values
 
     def largest(self, number):
-        """The largest of the processes' numbers, as an int."""
+        """The largest of the processes' numbers, as an int; does not wait for their GPUs."""
         if self.size > 1:
-            number = torch.tensor(number, device=self.device)
-            dist.all_reduce(number, dist.ReduceOp.MAX)
+            number = torch.tensor(number)
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self.on_cpu)
         return int(number)
 
     def parallel(self, model):

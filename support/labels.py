@@ -13,8 +13,15 @@ from support.runtime import UserError, progress
 import numpy as np
 
 from support.checkpoint import model_hash
-from support.files import fingerprint
-from support.tokens import check_tokenizer, dataset_dir, load_meta, load_tokens, mapped, sequential
+from support.tokens import (
+    check_tokenizer,
+    dataset_dir,
+    load_meta,
+    load_tokens,
+    mapped,
+    sequential,
+    tokens_hash,
+)
 
 HEADER = 4096  # bytes
 TOKENS = 8192  # labelled at a time
@@ -29,7 +36,7 @@ def label_file(concept_model, keys):
     tokens = load_tokens(keys.dataset, "train")
     header = dict(name=name, concept_model=model_hash(c.gpt), sae=model_hash(c.sae), bf16=c.bf16,
                   n_concepts=n_concepts, dtype="<u2" if n_concepts <= 1 << 16 else "<u4",
-                  tokens=fingerprint(tokens[:1 << 20].tobytes(), tokens[-1 << 20:].tobytes()),
+                  tokens=tokens_hash(tokens),
                   shape=[(len(tokens) - 1) // keys.block_size, keys.block_size, c.attr_k])
     return tokens, dataset_dir(keys.dataset) / f"{name}.bin", header
 

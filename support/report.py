@@ -7,6 +7,7 @@ from support.runtime import UserError
 import numpy as np
 import torch
 
+from support.checkpoint import PLACES
 from support.concept_index import CONTEXTS, EDGES, NAME, describe, find, texts, used
 from support.curves import new_figure, picture_path, save_figure
 from support.files import atomic_write
@@ -20,11 +21,10 @@ def check_arguments(cfg, rest, argv, label_keys):
     assert cfg.weights or not cfg.plot, "--plot draws what --weights prints: give both"
     assert not (cfg.write_labels and rest), (
         f"--write_labels takes a config file of train.py, not {rest[0]!r}")
-    changed = [name for name in label_keys if name != "device"
-               and getattr(cfg, name) != getattr(type(cfg), name)]
-    if changed and not (cfg.write_labels or cfg.download):
-        given = [arg for arg in argv if arg.endswith(".py") and not arg.startswith("-")]
-        given.append(f"--{changed[0]}")
+    given = [arg for arg in argv if arg.endswith(".py") and not arg.startswith("-")]
+    given += [f"--{name}" for name in label_keys if name not in (*PLACES, "device")
+              and getattr(cfg, name) != getattr(type(cfg), name)]
+    if given and not (cfg.write_labels or cfg.download):
         raise UserError(f"{given[0]} is for --write_labels; a run is read with its own settings")
 
 def check_run(content, weights):
@@ -35,18 +35,22 @@ def check_run(content, weights):
     assert model["mix"] != "none" or not weights, (
         "mix='none' has no compress matrix; name a cocomix run with another mix")
 
-def show_index(path, content, model, tokenizer, index, cfg, concept_model):
+def show_index(folder, content, model, tokenizer, index, cfg, load_concept_model):
     """Print the cfg.top concepts that match the words cfg.find best; without words the most used
-    ones, and write the HTML report next to `path`, with cfg.pages concepts."""
+    ones, and write the HTML report into a folder, with cfg.pages concepts."""
     entries = [describe(index, concept, tokenizer) for concept in used(index)]
     if cfg.find is not None:
         matches = find(entries, cfg.find)[:min(cfg.top, 10)]
         assert matches, f"find={cfg.find!r}: no concept matches; try a part of one word"
         return print_table(index, matches)
     print_table(index, entries[:cfg.top])
-    report = Path(path).with_name("concepts.html")
-    write_report(report, str(report.parent), index, entries[:cfg.pages],
-                 passages(content, model, concept_model, tokenizer))
+    some_passages = []
+    try:
+        some_passages = passages(content, model, load_concept_model(), tokenizer)
+    except (UserError, AssertionError, OSError) as e:
+        print(f"left out: passages in the report: {e}")
+    report = Path(folder) / "concepts.html"
+    write_report(report, str(folder), index, entries[:cfg.pages], some_passages)
     print(f"\nreport: {report}")
 
 def print_table(index, entries):

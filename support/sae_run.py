@@ -14,14 +14,23 @@ from support.checkpoint import load_optimizer, model_hash, save_checkpoint
 from support.files import atomic_write
 from support.kernels import linear_cross_entropy, normalize
 from support.log import Log
-from support.tokens import Batches, check_tokenizer, load_meta, load_tokens, sequential
+from support.tokens import (
+    Batches,
+    check_tokenizer,
+    load_meta,
+    load_tokens,
+    sequential,
+    tokens_hash,
+)
 from support.training import Run
 
 class SAERun(Run):
     """A run of sae.py: its hidden states, where it is, its log and files."""
     title, file, config = "SAE", "sae_ckpt.pt", "sae_config"
-    needs = "sae_config", "sae", "optimizer", "step", "seconds"
-    free = "out_dir", "log_interval", "save_interval", "device", "resume"  # may change on resume
+    needs = "sae_config", "sae", "uses", "optimizer", "step", "seconds"
+    # may change on resume
+    free = ("dataset", "concept_model", "out_dir", "log_interval", "save_interval", "device",
+            "resume", "overwrite")
 
     def __init__(self, cfg, gpt, tokenizer, device):
         if cfg.k > cfg.n_concepts:
@@ -30,8 +39,13 @@ class SAERun(Run):
         self.gpt, self.device = gpt, device
         check_tokenizer(cfg, load_meta(cfg.dataset), tokenizer, gpt)
         self.block_size = T = cfg.block_size or gpt.config.block_size
-        batches = Batches(load_tokens(cfg.dataset, "train"), T, max(1, 8192 // T),
-                          gpt.config.vocab_size, cfg.seed)
+        train = load_tokens(cfg.dataset, "train")
+        self.uses = {"train.bin": tokens_hash(train), "concept_model": model_hash(gpt)}
+        if self.content is not None and self.content["uses"] != self.uses:
+            changed = [name for name in self.uses if self.content["uses"][name] != self.uses[name]]
+            raise UserError(f"{self.out}: {' and '.join(changed)} changed since this SAE was "
+                            "trained; --overwrite trains it again")
+        batches = Batches(train, T, max(1, 8192 // T), gpt.config.vocab_size, cfg.seed)
         self.states = HiddenStates(gpt, cfg, batches, device)
         self.dead_tokens = cfg.dead_tokens
         if self.dead_tokens is None:
@@ -55,6 +69,8 @@ class SAERun(Run):
         with super().start():
             if self.step == 0:
                 self.save()
+                for stale in ("sae.pt", "sae.json"):
+                    (self.out / stale).unlink(missing_ok=True)
                 self.log.begin()
             yield
 
@@ -82,15 +98,15 @@ class SAERun(Run):
         self.bar.set_postfix_str(f"FVU {line['fvu']:.3f} dead {dead:.1%}")
 
     def save(self):
-        save_checkpoint(self.checkpoint, sae_config=asdict(self.cfg), sae=self.sae.state_dict(),
-                        optimizer=self.optimizer.state_dict(), step=self.step,
-                        seconds=self.seconds)
+        save_checkpoint(self.checkpoint, sae_config=asdict(self.cfg), uses=self.uses,
+                        sae=self.sae.state_dict(), optimizer=self.optimizer.state_dict(),
+                        step=self.step, seconds=self.seconds)
 
     def end(self):
         """Evaluate the SAE, write sae.json and, last, sae.pt; warn if it is degenerate."""
         cfg = self.cfg
         val = load_tokens(cfg.dataset, "val")[:cfg.eval_tokens + 1]
-        info = dict(concept_model=cfg.concept_model, concept_model_hash=model_hash(self.gpt),
+        info = dict(concept_model=cfg.concept_model, concept_model_hash=self.uses["concept_model"],
                     concept_layer=cfg.concept_layer, dataset=cfg.dataset,
                     n_concepts=cfg.n_concepts, k=cfg.k, tokens=self.steps * cfg.batch_size,
                     seconds=round(self.seconds, 1), dead_tokens=self.dead_tokens)

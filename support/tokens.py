@@ -34,8 +34,9 @@ META = dict(tokenizer=str, tokenizer_hash=str, vocab_size=int, train_tokens=int,
 GPT2 = "7b12e086f7e6c80e"  # fingerprint of GPT-2's first 50256 tokens in the hub's spelling
 TRAIN_ONE = "train one with data/text/prepare.py --tokenizer=bpe:4096"
 
-def load_tokenizer(name):
-    """A tiktoken.Encoding, by "gpt2", "stdlib" (data/stdlib/bpe.tiktoken) or a .tiktoken path."""
+def load_tokenizer(name, folder=None):
+    """A tiktoken.Encoding, by "gpt2", "stdlib" (data/stdlib/bpe.tiktoken) or a .tiktoken path; its
+    file may have moved along with the dataset in `folder`."""
     if name == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
@@ -43,18 +44,33 @@ def load_tokenizer(name):
             raise UserError(f"can't fetch GPT-2's tokenizer ({type(e).__name__}); {TRAIN_ONE}, or "
                             "set TIKTOKEN_CACHE_DIR to a folder that tiktoken has filled") from e
     path = ROOT / "stdlib" / "bpe.tiktoken" if name == "stdlib" else Path(name)
-    if not path.is_file():
-        path = ROOT.parent / path
-    if not path.is_file():
+    places = [path, ROOT.parent / path] + ([Path(folder) / path.name] if folder else [])
+    found = next(filter(Path.is_file, places), None)
+    if found is None:
         raise UserError(f"no tokenizer {name!r}: use gpt2, stdlib, a .tiktoken file or {TRAIN_ONE}")
+    return read_tokenizer(found, found.read_bytes())
+
+def read_tokenizer(name, content):
+    """A tiktoken.Encoding from the content of a .tiktoken file."""
     try:
-        lines = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
+        lines = [line.split() for line in content.splitlines() if line.strip()]
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         assert sorted(ranks.values()) == list(range(len(ranks))) and len(ranks) >= 256
     except Exception as e:
-        raise UserError(f"{path} is not a tokenizer: no lines of base64 token and rank") from e
-    return tiktoken.Encoding(path.stem, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks,
+        raise UserError(f"{name} is not a tokenizer: no lines of base64 token and rank") from e
+    return tiktoken.Encoding(Path(name).stem, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks,
                              special_tokens={END_OF_TEXT: len(ranks)})
+
+def tokenizer_file(ranks):
+    """The content of a .tiktoken file: one line per token, base64 and rank."""
+    return b"".join(base64.b64encode(token) + b" %d\n" % ranks[token]
+                    for token in sorted(ranks, key=ranks.get))
+
+def tokenizer_of_run(content):
+    """The tokenizer that is stored in a checkpoint; GPT-2's is fetched."""
+    if content["tokenizer_hash"] == "gpt2":
+        return load_tokenizer("gpt2")
+    return read_tokenizer(content["tokenizer"], content["tokenizer_file"].numpy().tobytes())
 
 def tokenizer_hash(name, tokenizer):
     """Identifies a tokenizer whatever its name: "gpt2", or a hash of the tokens in rank order."""
@@ -121,13 +137,28 @@ def load_tokens(dataset, split):
                         "damaged; prepare the dataset again")
     return mapped(path, "<u2")
 
-def tokens_of_run(content, split):
-    """The tokens of a split of the dataset that a checkpoint's run was trained on."""
+def tokens_hash(tokens, parts=64, size=1 << 18):
+    """Identifies a split by its tokens; where there are many, by `parts` samples and the end."""
+    step = max(size, -(-len(tokens) // parts))
+    starts = [*range(0, len(tokens), step), max(0, len(tokens) - size)]
+    return fingerprint(str(len(tokens)).encode(), *(tokens[s:s + size].tobytes() for s in starts))
+
+def tokens_of_run(content, split, other=False):
+    """The tokens of a split of the dataset that a checkpoint's run was trained on. UserError: it is
+    missing or has changed. other: another text in the same tokens is accepted, and reported."""
     dataset = content["train_config"]["dataset"]
     if load_meta(dataset)["tokenizer_hash"] != content["tokenizer_hash"]:
-        raise UserError(f"the tokenizer of dataset {dataset!r} has changed since this run was "
-                        f"trained; prepare the dataset with tokenizer {content['tokenizer']!r}")
-    return load_tokens(dataset, split)
+        raise UserError(f"the tokenizer of dataset {dataset!r} is not the one that this run was "
+                        f"trained with; prepare the dataset with tokenizer "
+                        f"{content['tokenizer']!r}, or name another one: --dataset=FOLDER")
+    tokens = load_tokens(dataset, split)
+    if tokens_hash(tokens) != content.get("uses", {}).get(f"{split}.bin", tokens_hash(tokens)):
+        if not other:
+            raise UserError(f"{split}.bin of dataset {dataset!r} has changed since this run was "
+                            "trained; prepare the same text again, or say where it is now: "
+                            "--dataset=FOLDER")
+        print(f"note: {split}.bin of dataset {dataset!r} is not the one of this run's training")
+    return tokens
 
 def check_tokenizer(cfg, meta, tokenizer, gpt):
     """UserError unless the dataset cfg.dataset has the concept model's tokenizer (its hash) and

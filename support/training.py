@@ -11,13 +11,29 @@ from support.runtime import UserError, explain, progress
 import torch
 
 from support import accounting
-from support.checkpoint import RUN, load_checkpoint, load_optimizer, model_hash, save_checkpoint
+from support.checkpoint import (
+    RUN,
+    check_models,
+    load_checkpoint,
+    load_optimizer,
+    models_used,
+    save_checkpoint,
+)
 from support.cli import parse
 from support.curves import perplexity
 from support.device import compile_model, pick_device, should_compile, uses_bf16
 from support.distributed import Ranks
 from support.log import Log, SpikeDetector
-from support.tokens import Batches, load_meta, load_tokens, tokens_of_run
+from support.tokens import (
+    Batches,
+    dataset_dir,
+    load_meta,
+    load_tokenizer,
+    load_tokens,
+    tokenizer_file,
+    tokens_hash,
+    tokens_of_run,
+)
 
 def read_config(cls, argv, doc):
     """The Config of train.py from a command line. UserError: keys that contradict each other."""
@@ -67,21 +83,27 @@ class Run:
 
     def _open(self):
         """The content of out_dir's checkpoint if this run continues it, else None."""
-        overwrite = getattr(self.cfg, "overwrite", None)
-        if not self.checkpoint.is_file() or overwrite:
+        others = {"ckpt.pt", "sae_ckpt.pt", "log.jsonl"} - {self.file}
+        if self.checkpoint.is_file():
+            others.remove("log.jsonl")
+        for other in others:
+            if (self.out / other).exists() and not (other == "log.jsonl" and self.cfg.overwrite):
+                raise UserError(f"{self.out} holds a {other} that is not of this run; choose "
+                                "another --out_dir")
+        if not self.checkpoint.is_file() or self.cfg.overwrite:
             if self.cfg.resume:
                 print(f"{self.out}: nothing to resume, starting at step 0")
             return None
         if not self.cfg.resume:
-            replaces = "" if overwrite is None else "--overwrite replaces it, "
-            raise UserError(f"{self.out} already holds a run; --resume continues it, {replaces}"
-                            "--out_dir=… starts another")
+            raise UserError(f"{self.out} already holds a run; --resume continues it, --overwrite "
+                            "replaces it, --out_dir=… starts another")
         content = load_checkpoint(self.checkpoint, self.needs)
         for name, value in asdict(self.cfg).items():
             before = content[self.config].get(name, value)  # a newer version has more keys
             if name not in self.free and before != value:
                 raise UserError(f"{self.checkpoint} has {name}={before!r}, but now it is "
                                 f"{value!r}: take it back, or choose another --out_dir")
+        content[self.config] = asdict(self.cfg)
         return content
 
     @contextmanager
@@ -132,9 +154,9 @@ class TrainingRun(Run):
     file, config = "ckpt.pt", "train_config"
     needs = *RUN, "optimizer", "step", "seconds", "val_loss", "best_val_loss"
     # keys that may change on resume; all others affect the losses
-    free = ("out_dir", "eval_interval", "keep_checkpoints", "log_interval", "micro_batch_size",
-            "device", "compile", "checkpoint_blocks", "resume", "overwrite", "wandb_log",
-            "wandb_project", "wandb_run_name")
+    free = ("dataset", "concept_model", "sae", "out_dir", "eval_interval", "keep_checkpoints",
+            "log_interval", "micro_batch_size", "device", "compile", "checkpoint_blocks", "resume",
+            "overwrite", "wandb_log", "wandb_project", "wandb_run_name")
 
     def __init__(self, cfg):
         self.ranks, self.title, self.device = Ranks(), cfg.method, pick_device(cfg.device)
@@ -148,21 +170,29 @@ class TrainingRun(Run):
             return
         self.meta = load_meta(cfg.dataset)
         self.vocab_size = self.meta["vocab_size"]
-        if self.content is not None:
-            tokens_of_run(self.content, "train")  # still the same tokenizer?
         train, val = load_tokens(cfg.dataset, "train"), load_tokens(cfg.dataset, "val")
+        if self.content is not None:
+            tokens_of_run(self.content, "train"), tokens_of_run(self.content, "val")  # unchanged?
+        self.uses = {"train.bin": tokens_hash(train), "val.bin": tokens_hash(val)}
+        self.tokenizer_file = b""
+        if self.meta["tokenizer_hash"] != "gpt2":
+            tokenizer = load_tokenizer(self.meta["tokenizer"], dataset_dir(cfg.dataset))
+            self.tokenizer_file = tokenizer_file(tokenizer._mergeable_ranks)
         self.batches = Batches(train, cfg.block_size, cfg.batch_size, self.vocab_size, cfg.seed,
                                cfg.shift_blocks, self.ranks.rank, self.ranks.size)
         self.val_blocks = Batches(val, cfg.block_size, 1, self.vocab_size, shift=False,
                                   split="val")
         self.ranks.join(self.device)
 
-    def attach(self, model, optimizer, concept_model, asked):
-        """Take the models, resume the optimizer, open the log. asked: do steps ask for targets?"""
+    def attach(self, model, optimizer, concept_model, at_steps):
+        """Take the models, resume the optimizer, open the log. at_steps: the part of the concept
+        model that the steps ask, or None."""
         cfg, ranks = self.cfg, self.ranks
         self.model, self.optimizer = model, optimizer
         if self.content is not None:
             load_optimizer(optimizer, self.content, self.checkpoint)
+            check_models(self.content, concept_model)
+        self.uses |= models_used(concept_model)
         if ranks.sum(self.step) != [self.step * ranks.size]:
             raise UserError(f"processes disagree about {self.checkpoint}: out_dir must be a folder "
                             "that all machines share")
@@ -172,7 +202,7 @@ class TrainingRun(Run):
                                        enabled=uses_bf16(cfg.dtype, self.device))
         self.micro = accounting.micro_batch(cfg, cfg.batch_size // ranks.size, model, concept_model,
                                             self.device)
-        head = self._head(concept_model, asked)
+        head = self._head(at_steps)
         self.flops = head["flops_per_token"] + head["concept_flops_per_token"]
         also = wandb_log(cfg) if cfg.wandb_log and ranks.first else None
         self.log = Log(self.out / "log.jsonl", self.step, also)
@@ -184,20 +214,19 @@ class TrainingRun(Run):
               f"{cfg.max_iters} steps of {self.tokens_per_step} tokens on {where}, {self.micro} "
               "sequences at a time")
 
-    def _head(self, concept_model, asked):
+    def _head(self, at_steps):
         """The first line of log.jsonl: what is trained on what."""
         cfg, model, device = self.cfg, self.model, f"{platform.machine()} {self.device.type}"
         if self.device.type == "cuda":
             device = torch.cuda.get_device_name()
-        label_flops = accounting.label_flops_per_token(concept_model, cfg.block_size)
         return dict(
             step=self.step, method=cfg.method, seed=cfg.seed, max_iters=cfg.max_iters,
             params=accounting.num_params(model),
             active_params=accounting.num_params(model, active=True),
             flops_per_token=accounting.flops_per_token(model),
-            concept_flops_per_token=label_flops if asked else 0,
+            concept_flops_per_token=accounting.label_flops_per_token(at_steps, cfg.block_size),
             labels=cfg.labels if model.config.insert in ("concept", "hidden") else None,
-            concept_model_hash=model_hash(concept_model.gpt) if concept_model else None,
+            concept_model_hash=self.uses.get("concept_model"),
             device=device, threads=torch.get_num_threads(), processes=self.ranks.size,
             torch=torch.__version__, source_hash=self.meta.get("source_hash"))
 
@@ -260,8 +289,11 @@ class TrainingRun(Run):
         self.check_weights(self.model)
         if self.ranks.first:
             content = dict(model_config=asdict(self.model.config), model=self.model.state_dict(),
-                           train_config=asdict(self.cfg), tokenizer=self.meta["tokenizer"],
-                           tokenizer_hash=self.meta["tokenizer_hash"], step=self.step)
+                           train_config=asdict(self.cfg), uses=self.uses,
+                           tokenizer=self.meta["tokenizer"],
+                           tokenizer_hash=self.meta["tokenizer_hash"],
+                           tokenizer_file=torch.tensor([*self.tokenizer_file], dtype=torch.uint8),
+                           step=self.step)
             if self.step and self.at_eval and self.cfg.keep_checkpoints:
                 save_checkpoint(self.out / f"step_{self.step}.pt", **content)
             save_checkpoint(self.checkpoint, **content | dict(

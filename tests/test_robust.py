@@ -141,6 +141,7 @@ def test_a_run_that_cannot_save_does_not_change_the_folder_of_an_older_one(
     else:
         main, keys = sae.main, sae_argv(chain, dataset, tmp_path, "--max_tokens=128")
         (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
+        keys += ["--overwrite"]
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def full(*_):

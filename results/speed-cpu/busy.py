@@ -1,6 +1,6 @@
 """Idle OpenMP threads spin before they sleep. How long should they, on a busy machine?
 
-    python results/speed-cpu/busy.py        # about 20 minutes; writes busy.md
+    python results/speed-cpu/busy.py        # about 15 minutes; writes busy.md
 
 Training steps of NTP and CoCoMix at the demo's and the 69M shapes, with libgomp's default, with
 GOMP_SPINCOUNT=1000 (what support/runtime.py sets), and without spinning. Each setting is a process
@@ -50,7 +50,7 @@ def open_row(name, keys, settings):
 def measure(shape, keys):
     """The lines of one shape's table, a line per load."""
     rows = {name: open_row(name, keys, settings) for name, settings in SETTINGS.items()}
-    rounds, steps = (7, 20) if shape.startswith("demo") else (3, 1)
+    rounds, steps = (5, 10) if shape.startswith("demo") else (3, 1)
     lines = []
     for title, commands in LOADS.items():
         os.environ.pop("OMP_WAIT_POLICY", None)

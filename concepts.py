@@ -1,4 +1,4 @@
-"""The concept model: a frozen GPT and its SAE name the concepts that matter at each position.
+"""The concept model: a frozen GPT and its SAE choose the concepts that matter at each position.
 
     python concepts.py out/stdlib/cocomix                       # list concepts, write concepts.html
     python concepts.py out/stdlib/cocomix --find "raise error"   # the best match for these words
@@ -44,7 +44,8 @@ class Targets(NamedTuple):
 class ConceptModel:
     """A frozen GPT and its SAE (None where no concepts are needed).
 
-    target        concept: labels (B, T, attr_k); hidden: the normalised hidden state; none
+    target        what labels are: concept, (B, T, attr_k); hidden, the normalised hidden state;
+                  pause or none, no labels
     select        attribution, or activation: the attr_k most active concepts
     attribution   code: a_i at the active concepts; paper: at all C, with c before TopK (eq. 1)
     sign          raise: the largest a_i (paper and code); lower: the largest -a_i; abs: |a_i|
@@ -98,7 +99,7 @@ class ConceptModel:
 
     def _label(self, h, x, active, y):
         """→ (label concepts (B, T, attr_k), the final hidden state if it was computed)."""
-        if self.select == "activation":
+        if self.select == "activation":  # TopK is sorted, largest first
             return active.indices[..., :self.attr_k], None
         grad, h_final = self.loss_gradient(h, y)
         return self._choose(x, active, grad), h_final
@@ -129,7 +130,7 @@ class ConceptModel:
         a = self._signed(self.attributions(active, grad).values)
         best = a.masked_fill(active.values <= 0, -torch.inf).topk(self.attr_k)
         labels = active.indices.gather(-1, best.indices)
-        # where fewer than attr_k concepts are above 0, the best is repeated
+        # only active concepts compete; where there are fewer than attr_k, the best is repeated
         return torch.where(best.values == -torch.inf, labels[..., :1], labels)
 
     def attributions(self, active, grad):
@@ -193,8 +194,8 @@ def steerable(concept_model):
     return steered.eval()
 
 @dataclass(frozen=True)
-class Config:
-    # what labels depend on: train.py has these keys too
+class LabelConfig:
+    """What labels depend on, and where they are computed; train.py has these keys, too."""
     dataset: str = key("openwebtext", "a name under data/, or the path of a dataset")
     block_size: int = key(1024, "context length in tokens", low=1)
     concept_model: str = key("gpt2", "names the concepts: a run, GPT-2 weights, or gpt2")
@@ -206,7 +207,9 @@ class Config:
     attribution_sign: Literal["raise", "lower", "abs"] = key("raise", "labels' effect on the loss")
     device: str = key("auto", "cpu, cuda, cuda:1 or mps; auto: the fastest available")
     dtype: Literal["auto", "float32", "bfloat16"] = key("auto", "auto: bfloat16 on CUDA")
-    # what this script does
+
+@dataclass(frozen=True)
+class Config(LabelConfig):
     find: str | None = key(None, "words: print the concepts that match them best")
     tokens: int | None = key(None, "training tokens to index (none: any index, else 1M)", low=1)
     top: int = key(20, "concepts to print", low=1)
@@ -217,7 +220,7 @@ class Config:
     write_labels: bool = key(False, "store the labels of all train tokens for a train.py config")
     download: bool = key(False, "fetch GPT-2 and the published SAE of --concept_layer")
 
-LABEL_KEYS = [f.name for f in fields(Config)][:11]
+LABEL_KEYS = [f.name for f in fields(LabelConfig)]
 
 def concept_model_of_run(content, device, **other_keys):
     """The ConceptModel that a checkpoint's run learned from, or None if it learned no concepts;
@@ -245,10 +248,10 @@ def main(argv):
     model, folder = load_model(content, device), Path(cfg.out_dir or path.parent)
     if cfg.weights:
         return report.show_weights(column_norms(model), cfg.plot)
-    labels_from = cache(partial(concept_model_of_run, content, device))
-    index = index_of_run(folder, content, model, labels_from, device, cfg.tokens)
+    run_concept_model = cache(partial(concept_model_of_run, content, device))
+    index = index_of_run(folder, content, model, run_concept_model, device, cfg.tokens)
     report.show_index(folder, content, model, tokenizer_of_run(content), index, cfg,
-                      labels_from)
+                      run_concept_model)
 
 if __name__ == "__main__":
     run(main)

@@ -10,7 +10,7 @@
 
 GPT-2's architecture: learned positions, pre-LayerNorm, GELU-tanh, tied head, optional biases.
 Other mixers (support/ablations.py) insert a pause vector or a predicted hidden state; a plain GPT
-has none. Concepts are kept as a sparse TopK.
+has none. TopK(z) is sparse: (values, indices) stand for a vector of C with zeros elsewhere.
 
 Shapes: B sequences, T tokens, d = n_embd, V vocabulary, C concepts.
 """
@@ -80,6 +80,9 @@ class Attention(nn.Module):
         self.n_head, self.dropout = config.n_head, config.dropout
 
     def forward(self, x, queries=None, cache=None, mask=None):
+        """x (B, P, d), P positions → (B, P, d), or only its positions `queries` (a slice). cache: a
+        KVCache that holds the positions before x. mask (B, P, P) bool: true where a query (row)
+        sees a key; default: causal."""
         B, T, d = x.shape
         if queries is None:
             q, k, v = self.c_attn(x).split(d, dim=-1)
@@ -178,14 +181,14 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         for name, p in self.named_parameters():
-            if p.dim() >= 2:  # projections into the residual stream: scaled by their number
+            if p.dim() >= 2:
                 std = config.embedding_std if name == "wte.weight" else config.init_std
-                if name.endswith("c_proj.weight"):
+                if name.endswith("c_proj.weight"):  # two per block add to the residual stream
                     std = std / math.sqrt(2 * config.n_layer)
                 nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        # last, so that all methods start from the same blocks
+        # last, so that with one seed all methods start from the same blocks
         self.mixer = MIXERS[config.insert](config) if config.insert != "none" else None
 
     def embed(self, idx, past=0, positions=None):
@@ -241,7 +244,7 @@ class GPT(nn.Module):
             f"{idx.shape[1]} tokens are more than block_size={c.block_size}")
         h = self.forward_blocks(self.embed(idx), 0, c.insert_at)            # lower blocks
         mixed = self.mix(h, labels, scale)                                  # mixer
-        h_final = self.forward_blocks(mixed.h, c.insert_at, c.n_layer)      # upper blocks
+        h_final = self.forward_blocks(mixed.h, c.insert_at, c.n_layer)      # upper blocks, no ln_f
         if targets is None:
             return Output(self.head(h_final), None, mixed.concept_loss, mixed.concepts)
         loss, kl = linear_cross_entropy(self.ln_f(h_final), self.wte.weight, targets,

@@ -16,7 +16,7 @@ sae_ckpt.pt.
 import math
 from dataclasses import dataclass
 
-from support.runtime import Stop
+from support.runtime import Stop  # before torch
 
 import torch
 import torch.nn as nn
@@ -124,7 +124,7 @@ def losses(sae, x, dead, k_aux):
     if k_aux and len(where):
         inputs = x - sae.pre_bias, sae.encoder[where], sae.latent_bias[where]
         k = min(k_aux, len(where))
-        if len(where) <= 16 * k:  # so many of them are kept that dense products are faster
+        if len(where) <= 16 * k:  # a large share is kept: dense products are faster
             values, indices = F.linear(*inputs).topk(k, sorted=False)
             latents = x.new_zeros(len(x), len(where)).scatter(-1, indices, values.relu())
             rebuilt = latents @ sae.decoder[where]

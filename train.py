@@ -9,13 +9,13 @@ One step minimises
 
     next-token loss + kd_weight · KL(concept model ‖ model) + concept_weight · L_concept    (eq. 4)
 
-where each method has its own of the last two terms. A run writes ckpt.pt and log.jsonl to out_dir.
+without the terms that a method does not have. A run writes ckpt.pt and log.jsonl to out_dir.
 """
 import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from support.runtime import Stop
+from support.runtime import Stop  # before torch
 
 import torch
 
@@ -32,7 +32,7 @@ from support.training import TrainingRun, read_config
 @dataclass(frozen=True)
 class Config:
     method: Literal["ntp", "kd", "pause", "pause_kd", "cocomix", "cocomix_kd"] = key(
-        "ntp", "next-token prediction; with a teacher (kd), pause vectors, concepts")
+        "ntp", "ntp: next tokens only; kd: with a teacher; pause vectors; cocomix: concepts")
     n_layer: int = key(12, "blocks", low=1, high=1000)
     n_head: int = key(12, "attention heads", low=1)
     n_embd: int = key(768, "width of the hidden states", low=1)
@@ -47,9 +47,10 @@ class Config:
     concept_lr_scale: float = key(1.0, "factor on the mixer's learning rate", low=0)
     mix: Literal["interleave", "interleave_residual", "add", "none"] = key(
         "interleave", "insert ĉ after each h, or h + ĉ after each h; add ĉ to h; insert nothing")
-    target: Literal["concept", "l1", "l2", "cos"] = key("concept", "or hidden state, by distance")
+    target: Literal["concept", "l1", "l2", "cos"] = key(
+        "concept", "what the mixer predicts; l1, l2, cos: the hidden state, with this distance")
     kd_weight: float = key(0.1, "weight of KL(concept model ‖ model) in kd", low=0)
-    labels: Literal["fly", "disk"] = key("fly", "computed at each step, or read from disk")
+    labels: Literal["fly", "disk"] = key("fly", "computed at each step (fly), or beforehand (disk)")
     concept_model: str = key("gpt2", "names the concepts: a run, GPT-2 weights, or gpt2")
     sae: str = key("openai", "its SAE: a run of sae.py, a published .pt, openai or openai_128k")
     concept_layer: int = key(5, "the SAE reads the hidden state after this block", low=0)
@@ -97,6 +98,10 @@ def inserts(cfg):
         return "concept" if cfg.target == "concept" else "hidden"
     return "pause" if cfg.method.startswith("pause") else "none"
 
+def predicts(cfg):
+    """Whether the mixer predicts what the concept model says: concepts, or its hidden state."""
+    return inserts(cfg) in ("concept", "hidden")
+
 def is_taught(cfg):
     return cfg.method.endswith("kd")  # has the KD term
 
@@ -143,16 +148,18 @@ class Losses(NamedTuple):
 def step_losses(model, cfg, x, y, targets=Targets()):  # noqa: B008 (an immutable default)
     """The Losses of tokens x and their targets y, both (B, T)."""
     out = model(x, y, targets.labels, teacher=targets.teacher, kd_weight=cfg.kd_weight)
-    total, next_token, concept = out.loss, out.loss.detach(), out.concept_loss
-    if out.kl is not None:
+    total, next_token, concept = out.loss, out.loss.detach(), None
+    if out.kl is not None:  # out.loss includes the KD term
         next_token = next_token - cfg.kd_weight * out.kl
-    if concept is not None:
-        total, concept = total + cfg.concept_weight * concept, concept.detach()
+    if out.concept_loss is not None:
+        total = total + cfg.concept_weight * out.concept_loss
+        concept = out.concept_loss.detach()
     return Losses(total, next_token, concept, out.kl)
 
 def accumulate(run, concept_model, x, y, stored):
-    """Forward and backward over the batch x, y (B, T), micro batch by micro batch → its mean losses
-    by name. concept_model: None if not asked; stored: labels from disk, or None."""
+    """Forward and backward over the batch x, y (B, T), micro batch by micro batch (run.micro rows
+    of it, which divides B) → its mean losses by name. concept_model: None if not asked; stored:
+    labels from disk, or None."""
     means, share = {}, run.micro / len(x)
     for first in range(0, len(x), run.micro):
         rows = slice(first, first + run.micro)
@@ -164,7 +171,8 @@ def accumulate(run, concept_model, x, y, stored):
         with run.autocast:
             losses = step_losses(run.parallel, run.cfg, x[rows], y[rows], targets)
         (losses.total * share).backward()
-        for name, value in zip(("loss", "concept_loss", "kl"), losses[1:], strict=True):
+        for name, value in (("loss", losses.next_token), ("concept_loss", losses.concept),
+                            ("kl", losses.kl)):  # the names in log.jsonl
             if value is not None:
                 means[name] = means.get(name, 0) + value * share
     return means
@@ -203,9 +211,8 @@ def open_concept_model(cfg, run):
     return concept_model, open_labels(concept_model, cfg) if cfg.labels == "disk" else None
 
 def asked(cfg, concept_model):
-    """What the steps ask of the concept model: all of it, its distribution only, or None."""
-    predicts = inserts(cfg) in ("concept", "hidden") and cfg.concept_weight > 0
-    if predicts and cfg.labels == "fly":
+    """The ConceptModel that training steps ask: all of it, its distribution only, or None."""
+    if predicts(cfg) and cfg.concept_weight > 0 and cfg.labels == "fly":
         return concept_model
     return concept_model.distribution_only() if is_taught(cfg) else None
 
@@ -218,12 +225,13 @@ def build_model(cfg, run, concept_model):
         hidden_size = concept_model.gpt.config.n_embd if concept_model else 0
         n_concepts = len(concept_model.sae.encoder) if concept_model and concept_model.sae else 0
         model = GPT(model_config(cfg, run.vocab_size, n_concepts, hidden_size)).to(run.device)
-    if inserts(cfg) in ("concept", "hidden") and cfg.mix == "none" and not cfg.concept_weight:
+    if predicts(cfg) and cfg.mix == "none" and not cfg.concept_weight:
         model.mixer.requires_grad_(False)  # unused; DDP would wait for its gradient
     model.checkpoint_blocks = cfg.checkpoint_blocks
     return model
 
 def main(argv):
+    """The TrainingRun holds data, step, log and checkpoints; what CoCoMix adds is in accumulate."""
     cfg = read_config(Config, argv, __doc__)
     run = TrainingRun(cfg)
     if run.finished:
@@ -233,8 +241,7 @@ def main(argv):
     optimizer = make_optimizer(model, cfg, run.device)
     at_steps = asked(cfg, concept_model)
     run.attach(model, optimizer, concept_model, at_steps)
-    predicts = inserts(cfg) in ("concept", "hidden")
-    val = run.validation_batches(concept_model if predicts else None)
+    val = run.validation_batches(concept_model if predicts(cfg) else None)
     with Stop() as stop, run.start():
         model.train()
         if run.step == 0:
@@ -244,7 +251,8 @@ def main(argv):
             torch.manual_seed(mixed_seed(cfg.seed, run.step, run.ranks.rank))  # of dropout
             means = accumulate(run, at_steps, x, y, labels)
             run.advance(update(model, optimizer, cfg, run.step))
-            stopping = run.ranks.largest(stop.signal or 0)  # read once; a later one: the next step
+            # read once: a signal that comes later ends the next step
+            stopping = run.ranks.largest(stop.signal or 0)
             if run.at_log or stopping:
                 run.report(means, learning_rate(cfg, run.step - 1))
             if run.at_eval:

@@ -1,7 +1,7 @@
 # The demo's CoCoMix: the same batches and active parameters as config/stdlib_ntp.py. Four settings
 # differ from the paper because they work best here (results/stdlib-ablations): h + ĉ is inserted
 # instead of ĉ, labels are the most active concepts instead of those with the largest attribution,
-# λ = 1, and the concept layers learn three times as fast. The paper's form:
+# λ = 1, and the mixer has three times the learning rate. The paper's form:
 #     python train.py config/stdlib_cocomix.py --mix=interleave --select=attribution \
 #         --concept_weight=0.1 --concept_lr_scale=1
 method = "cocomix"

@@ -3,18 +3,24 @@
 Plain functions on the parameters of a GPT (model.py) and an SAE (sae.py). The steps, from "LLM
 Pretraining with Continuous Concepts" (arXiv 2502.08524) and its official code:
 
-    1  c = ReLU(TopK(c_pre)),  c_pre = W_enc (x - b_pre) + b_lat    the frozen model's concepts
+    norm(h) = (h - μ) / (σ + 1e-5), over features. TopK keeps the k largest entries, zeroes others.
+    h_con: the frozen model's state after block `layer`; h: the trained model's before insert_layer.
+
+    1  c = ReLU(TopK(W_enc (norm(h_con) - b_pre) + b_lat))          the frozen model's concepts
     2  a_i = c_i · ⟨W_dec,i , g⟩,  g = ∂(next-token loss) / ∂h_con  attribution (eq. 1)
     3  labels = the attr_k concepts with the largest a_i
-    4  z = M(h),  L_concept = mean over the labels of CE(z, label)  prediction (eq. 2)
-    5  ĉ = W TopK(z) + b_W                                          compression (eq. 3)
+    4  z = M (norm(h) - b) + b_M                                    prediction (eq. 2)
+       L_concept = mean over the labels of CE(z, label)
+    5  ĉ = (W TopK(z) + b_W + b) · σ + μ,  μ and σ of h             compression (eq. 3)
     6  (h_1, ĉ_1, …, h_T, ĉ_T) → upper blocks → logits at the ĉ positions
     7  total = next-token loss + λ L_concept                        (eq. 4)
 
-The fast code (concepts.py, model.py, support/kernels.py) computes the same from the active concepts
-only. tests/test_reference.py holds the two equal in float64, and both to the official numbers.
+The paper's equations omit norm, b, σ and μ; the official code has them. The fast code (concepts.py,
+model.py, support/kernels.py) computes the same from the active concepts only. One exception: where
+fewer than attr_k of them have a_i > 0, step 3 here picks inactive ones, as the official code does.
+tests/test_reference.py holds both equal elsewhere, in float64, and to the official numbers.
 
-Shapes: B sequences, T tokens, d features, C concepts, V vocabulary.
+Shapes: B sequences, T tokens, C concepts, V vocabulary; d features, which differ between models.
 """
 import torch
 import torch.nn.functional as F

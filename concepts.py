@@ -54,7 +54,8 @@ class ConceptModel:
     """
     def __init__(self, gpt, sae, layer, attr_k=4, select="attribution", attribution="code",
                  sign="raise", target="concept", teaches=False, bf16=False, compile=False):
-        check_layer(gpt, layer)
+        if target in ("concept", "hidden"):
+            check_layer(gpt, layer)
         if target == "concept":
             all_compete = select == "attribution" and attribution == "paper"
             candidates = len(sae.encoder) if all_compete else sae.k
@@ -147,11 +148,12 @@ class ConceptModel:
 def load_concept_model(cfg, device, target="concept", teaches=False, compile=False):
     """(ConceptModel, its tokenizer's hash) from a Config with the label keys."""
     gpt, tokenizer = load_gpt(cfg.concept_model, device)
-    check_layer(gpt, cfg.concept_layer)
+    layer = cfg.concept_layer if target in ("concept", "hidden") else 0  # a teacher has no layer
     sae = None
     if target == "concept":
-        sae = load_sae(cfg.sae, cfg.concept_layer, gpt.config.n_embd, device, gpt)
-    return ConceptModel(gpt, sae, cfg.concept_layer, cfg.attr_k, cfg.select, cfg.attribution,
+        check_layer(gpt, layer)
+        sae = load_sae(cfg.sae, layer, gpt.config.n_embd, device, gpt)
+    return ConceptModel(gpt, sae, layer, cfg.attr_k, cfg.select, cfg.attribution,
                         cfg.attribution_sign, target, teaches, uses_bf16(cfg.dtype, device),
                         compile), tokenizer
 

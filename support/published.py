@@ -159,7 +159,7 @@ def load_sae(name, layer, d, gpt):
     """(state dict, k) of an SAE for hidden states of width d after block `layer` of gpt (or None).
     UserError: missing, damaged, of another width or layer, trained on another model."""
     if name in SIZES and gpt is not None and (gpt.config.n_layer, gpt.config.n_embd) != (12, 768):
-        raise UserError(f"sae={name!r} is GPT-2 124M's; train one for this model with sae.py")
+        raise UserError(f"sae={name!r} is GPT-2 124M's; train one for this model: sae.py")
     path = find_sae(name, layer)
     info = {} if name in SIZES else read_info(path)
     trained_on, at = info.get("concept_model_hash"), info.get("concept_layer", layer)
@@ -167,7 +167,7 @@ def load_sae(name, layer, d, gpt):
         raise UserError(f"{path} was trained on layer {at}; set --concept_layer={at}")
     if trained_on and gpt is not None and trained_on != model_hash(gpt):
         raise UserError(f"{path} was trained on another concept model ({info['concept_model']} as "
-                        "it was then); train it again with sae.py")
+                        "it was then); train it again: python sae.py --overwrite with its keys")
     state, k = read_sae(read_tensors(path, "an SAE"), path)
     if (width := state["encoder"].shape[1]) != d:
         raise UserError(f"{path} has width {width}, but the hidden states have {d}; train another")

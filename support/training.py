@@ -45,15 +45,26 @@ def read_config(cls, argv, doc):
         cfg = replace(cfg, max_iters=-(-cfg.max_tokens // (cfg.batch_size * cfg.block_size)))
     if cfg.min_lr is not None and cfg.min_lr > cfg.learning_rate:
         raise UserError(f"min_lr={cfg.min_lr} is over learning_rate={cfg.learning_rate}")
-    if cfg.resume and cfg.overwrite:
-        raise UserError("--resume and --overwrite exclude each other")
     if cfg.labels == "disk":
         if not cfg.method.startswith("cocomix") or cfg.target != "concept":
             raise UserError("labels='disk' is for methods that predict concepts, not for method="
                             f"{cfg.method!r} with target={cfg.target!r}")
         if cfg.shift_blocks:
             raise UserError("labels='disk' needs --shift_blocks=false: labels are stored unshifted")
+    if unused := [name for name in unused_keys(cfg) if name in given]:
+        print(f"note: method={cfg.method!r} does not use {', '.join(unused)}")
     return cfg
+
+def unused_keys(cfg):
+    """The keys that the run's method (and target and select) does not use."""
+    cocomix, kd = cfg.method.startswith("cocomix"), cfg.method.endswith("kd")
+    mixer, concepts = cocomix or cfg.method.startswith("pause"), cocomix and cfg.target == "concept"
+    attribution = concepts and cfg.select == "attribution"
+    used = dict(insert_layer=mixer, mix=mixer, concept_lr_scale=mixer, target=cocomix,
+                concept_weight=cocomix, concept_layer=cocomix, concept_k=concepts, labels=concepts,
+                sae=concepts, attr_k=concepts, select=concepts, attribution=attribution,
+                attribution_sign=attribution, kd_weight=kd, concept_model=cocomix or kd)
+    return [name for name, is_used in used.items() if not is_used]
 
 def wandb_log(cfg):
     """wandb.log of a run that has begun. UserError: not installed, not logged in."""
@@ -71,6 +82,8 @@ class Run:
     def __init__(self, cfg, steps, tokens_per_step):
         if not cfg.out_dir.strip():
             raise UserError("out_dir is empty: name a folder, such as --out_dir=out/run")
+        if cfg.resume and cfg.overwrite:
+            raise UserError("--resume and --overwrite exclude each other")
         self.cfg, self.steps, self.tokens_per_step = cfg, steps, tokens_per_step
         self.out = Path(cfg.out_dir)
         self.checkpoint = self.out / self.file

@@ -295,3 +295,11 @@ def test_max_iters_on_the_command_line_overrides_a_configs_max_tokens():
     assert max_iters() == 38147 and max_iters("--max_iters=100") == 100
     with pytest.raises(UserError, match="exclude each other"):
         max_iters("--max_iters=100", "--max_tokens=1e6")
+
+def test_keys_that_a_method_does_not_use_are_named_and_stop_nothing(chain, dataset, tmp_path):
+    keys = [*TINY, "--method=kd", f"--concept_model={chain['gpt']}", f"--dataset={dataset}"]
+    status, out, err = run(train.main, *keys, "--concept_layer=5", "--select=activation",
+                           f"--out_dir={tmp_path}")
+    assert status == 0, err
+    assert "note: method='kd' does not use" in out and "concept_layer" in out and "select" in out
+    assert "kd_weight" not in out and "concept_model" not in out.split("\n")[0]

@@ -152,6 +152,7 @@ def load_concept_model(cfg, device, target="concept", teaches=False, compile=Fal
     sae = None
     if target == "concept":
         check_layer(gpt, layer)
+        published.check_fits(cfg.sae, cfg.concept_model)
         sae = load_sae(cfg.sae, layer, gpt.config.n_embd, device, gpt)
     return ConceptModel(gpt, sae, layer, cfg.attr_k, cfg.select, cfg.attribution,
                         cfg.attribution_sign, target, teaches, uses_bf16(cfg.dtype, device),

@@ -150,6 +150,12 @@ def find_sae(name, layer):
         raise UserError(f"no SAE at {path}; train one (sae.py), or use --sae=openai for GPT-2")
     return path
 
+def check_fits(sae, concept_model):
+    """UserError if a published SAE is asked for with a run of ours, by their names."""
+    if sae in SIZES and find_weights(concept_model) is None:
+        raise UserError(f"sae={sae!r} was trained on GPT-2, not on {concept_model}; train another: "
+                        f"python sae.py --concept_model={concept_model}")
+
 def read_info(path):
     """The sae.json next to an SAE of ours; {} where there is none (a published file)."""
     path = Path(path).with_suffix(".json")

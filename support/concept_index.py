@@ -56,17 +56,37 @@ class ConceptIndex(NamedTuple):
         names = [repr(tokenizer.decode([t])) for t in self.next_ids(concept, n)]
         return " ".join(names) or "(never a label)"
 
-def typical(labels, tokens, everywhere, C, prior=20):
-    """The tokens most typical of each concept: (ids, share, lift), each (C, TOKENS). labels (N, k):
-    the concepts at N places; tokens (N, 1): the token there; everywhere (V,): counts of all tokens.
+class PairCounts:
+    """Counts of (concept, token) pairs; each merge keeps only the `limit` most frequent ones."""
+    def __init__(self, limit=1 << 23):
+        self.limit, self.new = limit, []
+        self.keys = self.counts = np.empty(0, np.int64)
+
+    def add(self, keys):
+        """keys: concept · V + token, once per occurrence."""
+        self.new.append(keys)
+        if sum(map(len, self.new)) > max(1 << 20, len(self.keys)):
+            self.merge()
+
+    def merge(self):
+        weights = np.concatenate((self.counts, *map(np.ones_like, self.new)))
+        keys = np.concatenate((self.keys, *self.new))
+        self.keys, inverse = np.unique(keys, return_inverse=True)
+        self.counts, self.new = np.bincount(inverse, weights).astype(np.int64), []
+        if len(self.keys) > self.limit:
+            kept = np.sort(np.argpartition(-self.counts, self.limit)[:self.limit])
+            self.keys, self.counts = self.keys[kept], self.counts[kept]
+
+def typical(pairs, everywhere, C, prior=20):
+    """The tokens most typical of each concept: (ids, share, lift), each (C, TOKENS).
 
     share = p(token | concept), smoothed by `prior` pseudo-observations; lift = share / p(token).
     Tokens with lift > 1 are sorted by share · log lift, their terms of the KL divergence.
     """
-    pairs, counts = np.unique(labels * len(everywhere) + tokens, return_counts=True)
-    concept, token = np.divmod(pairs, len(everywhere))  # concepts ascending
-    p = everywhere[token] / everywhere.sum()
-    share = (counts + prior * p) / (np.bincount(concept, counts, C)[concept] + prior)
+    pairs.merge()
+    concept, token = np.divmod(pairs.keys, len(everywhere))  # concepts ascending
+    p = everywhere.numpy()[token] / everywhere.sum().item()
+    share = (pairs.counts + prior * p) / (np.bincount(concept, pairs.counts, C)[concept] + prior)
     lift = share / p
     score = share * np.log(lift)
     order = np.lexsort((-score, concept))
@@ -125,7 +145,7 @@ def neighbours(directions, n=NEIGHBOURS):
 
 @torch.no_grad()
 def build_index(content, model, concept_model, tokens, device):
-    """The ConceptIndex of a run over about `tokens` training tokens, all in memory."""
+    """The ConceptIndex of a run over about `tokens` training tokens, in bounded memory."""
     c, bins = model.config, len(EDGES) - 1
     C, V, T = c.n_concepts, c.vocab_size, c.block_size
     train = tokens_of_run(content, "train")
@@ -133,7 +153,8 @@ def build_index(content, model, concept_model, tokens, device):
     rows = max(1, min(per_step // T, -(-tokens // T), (len(train) - 1) // T))
     batches = Batches(train, T, rows, V, shift=False)
     steps = max(1, min(round(tokens / (rows * T)), batches.blocks // rows))
-    predicted, activations, edges, seen = 0, 0, EDGES[1:-1].to(device), []
+    labelled = predicted = activations = everywhere = 0
+    current, following, edges = PairCounts(), PairCounts(), EDGES[1:-1].to(device)
     nothing = torch.full((C, CONTEXTS), -torch.inf, device=device)
     most_active = most_predicted = nothing, torch.full_like(nothing, NOWHERE, dtype=torch.int64)
     with progress(steps * rows * T, "concept index", "tok", unit_scale=True, leave=False) as bar:
@@ -141,25 +162,24 @@ def build_index(content, model, concept_model, tokens, device):
             x, y = (t.to(device) for t in batches[step])
             labels, _, active = concept_model.targets(x, y, teaches=False)
             kept = model.concepts(x)
-            seen.append(torch.cat((labels, x[..., None], y[..., None]), 2).flatten(0, 1).cpu())
+            labelled += labels.flatten().bincount(minlength=C)
             predicted += kept.indices.flatten().bincount(minlength=C)
             bin_of = active.indices * bins + torch.bucketize(active.values, edges)
             activations += bin_of[active.values > 0].bincount(minlength=C * bins)
+            everywhere += torch.cat((x, y)).flatten().bincount(minlength=V)
+            current.add((labels * V + x[..., None]).flatten().cpu().numpy())
+            following.add((labels * V + y[..., None]).flatten().cpu().numpy())
             where = torch.from_numpy(batches.starts(step)[:, None] + np.arange(T)).to(device)
             most_active = strongest(most_active, active, where)
             most_predicted = strongest(most_predicted, kept, where)
             bar.update(y.numel())
-    seen = torch.cat(seen).numpy()
-    labels, current, following = seen[:, :-2], seen[:, -2:-1], seen[:, -1:]
-    everywhere = np.bincount(seen[:, -2:].ravel(), minlength=V)
     effects, norm = torch.zeros(2, C, 0).int(), torch.zeros(C)
     if c.mix != "none":
         effects, norm = promoted(model), torch.from_numpy(column_norms(model))
     return ConceptIndex(
         model_hash(model), tokens, steps * rows * T,
-        torch.from_numpy(np.bincount(labels.ravel(), minlength=C)), predicted.cpu(),
-        activations.view(C, -1).cpu(), *typical(labels, following, everywhere, C),
-        *typical(labels, current, everywhere, C),
+        labelled.cpu(), predicted.cpu(), activations.view(C, -1).cpu(),
+        *typical(following, everywhere.cpu(), C), *typical(current, everywhere.cpu(), C),
         *effects, norm, *neighbours(concept_model.sae.decoder),
         *contexts_at(train, *most_active), *contexts_at(train, *most_predicted))
 

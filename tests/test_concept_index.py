@@ -119,6 +119,19 @@ def test_the_strongest_in_pieces_are_the_strongest_at_once():
     assert torch.equal(once[0], pieces[0]) and torch.equal(once[1], pieces[1])
     assert once[0].shape == (40, 3) and (once[0].diff(dim=1) <= 0).all()
 
+def test_pairs_are_counted_exactly_up_to_the_limit():
+    keys = np.random.default_rng(0).zipf(1.3, 20_000) % 5000
+    exact, bounded = concept_index.PairCounts(), concept_index.PairCounts(limit=50)
+    for part in np.split(keys, 20):
+        for pairs in (exact, bounded):
+            pairs.add(part)
+            pairs.merge()
+    counts = dict(zip(exact.keys.tolist(), exact.counts.tolist(), strict=True))
+    assert counts == Counter(keys.tolist())
+    assert len(bounded.keys) == 50
+    for key, _ in Counter(keys.tolist()).most_common(10):
+        assert bounded.counts[bounded.keys == key] == counts[key]
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_promoted_tokens_are_those_of_the_column_through_the_final_norm_and_the_head(bias):
     model = tiny_gpt(insert="concept", bias=bias)

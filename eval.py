@@ -215,6 +215,7 @@ def main(argv):
     cfg, runs = parse(Config, argv, __doc__, files=False)
     curves.picture_path(cfg.plot)
     if cfg.write:
+        assert not Path(cfg.write).is_dir(), f"{cfg.write} is a folder; name a file in it"
         append(cfg.write)  # if it fails, then now
     device = pick_device(cfg.device)
     torch.set_float32_matmul_precision("highest")  # TF32 would round the harness's numbers

@@ -127,6 +127,7 @@ def test_a_resumed_run_keeps_all_but_its_free_keys(tmp_path):
     class Config:
         out_dir: str = str(tmp_path)
         resume: bool = True
+        overwrite: bool = False
         learning_rate: float = 1.0
         n_layer: int = 2
         new: int = 3

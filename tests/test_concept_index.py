@@ -25,7 +25,7 @@ def cocomix(chain, tmp_path_factory):
     shutil.copytree(chain["cocomix"], folder, ignore=shutil.ignore_patterns("concepts.*"))
     content = load_checkpoint(folder)
     model, concept_model = load_model(content), concept_model_of_run(content, CPU)
-    index = index_of_run(folder / "ckpt.pt", content, model, concept_model, CPU, 4000)
+    index = index_of_run(folder, content, model, concept_model, CPU, 4000)
     return folder, content, model, concept_model, index
 
 def read_plainly(content, model, concept_model, tokens):
@@ -154,7 +154,7 @@ def test_an_index_is_stored_and_rebuilt_for_another_checkpoint(cocomix, tmp_path
     folder, content, model, concept_model, index = cocomix
 
     def load(folder, model, tokens=None, concept_model=concept_model):
-        found = index_of_run(folder / "ckpt.pt", content, model, concept_model, CPU, tokens)
+        found = index_of_run(folder, content, model, concept_model, CPU, tokens)
         return found, "building" in capsys.readouterr().out
 
     for tokens in (None, 4000):  # the concept model is not even loaded

@@ -155,7 +155,7 @@ def test_gpt2_is_evaluated_from_a_folder_of_its_weights(tmp_path, folder, monkey
     model = tiny_gpt(torch.float32, n_embd=64, n_head=1, vocab_size=50257, block_size=64)
     save_gpt2(model, tmp_path)
     tokenizer = load_tokenizer("stdlib")  # GPT-2's may not be on this machine
-    monkeypatch.setattr(evaluation, "load_tokenizer", lambda name: tokenizer)
+    monkeypatch.setattr(evaluation, "tokenizer_of_run", lambda content: tokenizer)
     make_dataset(tmp_path / "val")
     meta = json.loads((tmp_path / "val/meta.json").read_text())
     meta |= dict(tokenizer="gpt2", tokenizer_hash="gpt2")
@@ -203,7 +203,7 @@ BAD = {  # what is wrong: (arguments, what the line must say)
         ("{ntp} --eval_data={bad} --tasks=winogrande", "fields of allenai/winogrande", "sentence"),
     "an empty file": ("{ntp} --eval_data={bad} --tasks=wikitext", "wikitext.jsonl is empty", ""),
     "only the last checkpoint": ("{ntp} --every", "last checkpoint only", "--keep_checkpoints"),
-    "a run as GPT-2": ("--model={ntp}", "a run of ours", ""),
+    "a run as GPT-2": ("--model={ntp}", "a run, or not with GPT-2's tokens", ""),
     "missing GPT-2 weights": ("--model={bad}/gpt2-none.bin", "No such file", "gpt2-none"),
     "GPT-2 with nothing to evaluate it on":
         ("--model={gpt2} --tasks=none", "nothing to evaluate", "--dataset"),

@@ -87,7 +87,6 @@ def break_checkpoints(folder, ntp, cocomix):
         step=run_of_cocomix | dict(step="four"),
         shape=run_of_cocomix | dict(model_config=3),
         heads=run_of_cocomix | dict(model_config=settings | dict(n_head=7)),
-        tokenizer=run_of_cocomix | dict(tokenizer="gone.tiktoken"),
         pickle=dict(model=Touch(folder / "ran"), model_config={}))
     for name, content in contents.items():
         (folder / name).mkdir()
@@ -266,7 +265,6 @@ SAMPLE = {
     "a flipped bit among the weights": ("{bad}/byte", "can't be read as a checkpoint", "damaged"),
     "a model config that is none": ("{bad}/shape", "not a checkpoint of this kind", "model_config"),
     "heads that do not divide the width": ("{bad}/heads", "n_embd=16", "n_head=7"),
-    "a missing tokenizer": ("{bad}/tokenizer", "no tokenizer 'gone.tiktoken'"),
     "a folder as a prompt": ("{chain}/ntp --start=FILE:{bad}", "Is a directory"),
     "no samples": ("{chain}/ntp --num_samples=0", "num_samples='0'", "at least 1"),
     "two runs to sample from": ("{chain}/ntp {chain}/cocomix", "unexpected argument", "cocomix"),
@@ -285,7 +283,7 @@ CONCEPTS = {
     "labels by an SAE that is not there":
         ("--write_labels {teacher} --block_size=32 --device=cpu --sae={bad}/nowhere", "no SAE at"),
     "a report of a config file":
-        ("config/stdlib_sae.py", "config/stdlib_sae.py is for --write_labels", "of a run"),
+        ("config/stdlib_sae.py", "config/stdlib_sae.py is for --write_labels", "a run is read"),
     "a report with other labels": ("{chain}/cocomix --attr_k=2", "--attr_k is for --write_labels"),
     "downloading an SAE that is not published":
         ("--download --sae=mine", "sae='mine' is not fetched", "openai"),
@@ -303,7 +301,7 @@ EVAL = {
     "a picture of an unknown kind":
         ("{chain}/ntp --plot={bad}/x.docx --device=cpu", "plot=", "docx"),
     "a dataset whose tokenizer has changed":
-        ("{bad}/moved --device=cpu", "has changed since", "prepare the dataset with"),
+        ("{bad}/moved --device=cpu", "is not the one that this run", "prepare the dataset with"),
     "an SAE to evaluate": ("{chain}/sae", "is an SAE's folder"),
     "nothing to compare": ("--compare {bad}", "no log at"),
     "a folder as a file of rows":
@@ -315,8 +313,6 @@ EVAL = {
     "a task without documents":
         ("{chain}/ntp --tasks=arc_easy --eval_data={bad}/tasks --tokens=100 --device=cpu",
          "arc_easy"),
-    "a dataset for a run":
-        ("{chain}/ntp --dataset={dataset}", "--dataset is for --model", "its own"),
     "learning curves of an SAE":
         ("--compare {chain}/sae", "no evaluation after the start", "--eval_interval"),
 }

@@ -177,7 +177,7 @@ def test_results_are_printed_where_they_cannot_be_kept(copy):
     assert {p.name for p in Path(elsewhere).iterdir()} == {"eval.jsonl", "concepts.pt",
                                                            "concepts.html"}
     status, _, err = run(evaluation.main, folder / "cocomix", f"--write={folder}")
-    assert status == 1 and "directory" in err
+    assert status == 1 and "name a file" in err
 
 def test_tokens_hash_sees_every_token_of_a_small_split():
     tokens = np.arange(1 << 12, dtype="<u2")

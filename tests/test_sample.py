@@ -25,7 +25,7 @@ def cocomix(chain, tmp_path_factory):
     shutil.copytree(chain["cocomix"], folder)
     content = load_checkpoint(folder)
     model, concept_model = load_model(content), concepts.concept_model_of_run(content, CPU)
-    index = index_of_run(folder / "ckpt.pt", content, model, concept_model, CPU, 4000)
+    index = index_of_run(folder, content, model, concept_model, CPU, 4000)
     return folder, model, index, load_tokenizer(content["tokenizer"])
 
 def sections(out):
@@ -197,7 +197,7 @@ def test_reading_and_steering_run_on_a_gpu(cocomix, tmp_path):
     shutil.copy(cocomix[0] / "ckpt.pt", tmp_path / "ckpt.pt")
     assert run(concepts.main, tmp_path, "--device=cuda", "--tokens=4000")[0] == 0
     content = load_checkpoint(tmp_path)
-    on_gpu = index_of_run(tmp_path / "ckpt.pt", content, load_model(content), pytest.fail, CPU)
+    on_gpu = index_of_run(tmp_path, content, load_model(content), pytest.fail, CPU)
     index, difference = cocomix[2], (on_gpu.labelled - cocomix[2].labelled).abs().sum()
     assert difference <= 0.1 * index.labelled.sum()  # bfloat16
     status, _, err = run(sample.main, tmp_path, "--device=cuda", "--steer", "--inspect",

@@ -25,7 +25,7 @@ def cocomix(chain, tmp_path_factory):
     shutil.copytree(chain["cocomix"], folder)
     content = load_checkpoint(folder)
     model, concept_model = load_model(content), concepts.concept_model_of_run(content, CPU)
-    index = index_of_run(folder / "ckpt.pt", content, model, concept_model, CPU, 4000)
+    index = index_of_run(folder, content, model, concept_model, CPU, 4000)
     return folder, content, model, concept_model, index
 
 def first_blocks(content, n):

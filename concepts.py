@@ -35,6 +35,8 @@ from support.kernels import Teacher, TopK, gathered_dot, linear_cross_entropy, n
 from support.labels import write_all
 from support.tokens import tokenizer_of_run
 
+SELECTS = ("attribution", "activation")  # how ConceptModel._label chooses
+
 class Targets(NamedTuple):
     """What the concept model says about a batch; None where it was not asked."""
     labels: torch.Tensor | None = None  # (B, T, attr_k) concepts, or (B, T, d) hidden states
@@ -102,6 +104,7 @@ class ConceptModel:
         """→ (label concepts (B, T, attr_k), the final hidden state if it was computed)."""
         if self.select == "activation":  # TopK is sorted, largest first
             return active.indices[..., :self.attr_k], None
+        assert self.select == "attribution", f"select={self.select!r} is not in _label"
         grad, h_final = self.loss_gradient(h, y)
         return self._choose(x, active, grad), h_final
 
@@ -205,7 +208,7 @@ class LabelConfig:
     sae: str = key("openai", "its SAE: a run of sae.py, a published .pt, openai or openai_128k")
     concept_layer: int = key(5, "the SAE reads the hidden state after this block", low=0)
     attr_k: int = key(4, "label concepts per position", low=1)
-    select: Literal["attribution", "activation"] = key("attribution", "how labels are selected")
+    select: Literal[SELECTS] = key("attribution", "how labels are selected")
     attribution: Literal["code", "paper"] = key("code", "among active concepts, or all (eq. 1)")
     attribution_sign: Literal["raise", "lower", "abs"] = key("raise", "labels' effect on the loss")
     device: str = key("auto", "cpu, cuda, cuda:1 or mps; auto: the fastest available")

@@ -65,7 +65,7 @@ class ModelConfig:
     @property
     def interleaved(self):
         """Whether the upper blocks see two positions per token."""
-        return self.insert != "none" and self.mix.startswith("interleave")
+        return self.insert != "none" and self.mix not in ("add", "none")
 
     @property
     def insert_at(self):
@@ -224,6 +224,8 @@ class GPT(nn.Module):
             h = torch.stack((h, c), dim=2).flatten(1, 2)
         elif how == "interleave_residual":
             h = torch.stack((h, h + c), dim=2).flatten(1, 2)
+        else:
+            assert how == "none", f"mix={how!r} is not in GPT.mix"
         return Mixed(h, concepts, loss)
 
     def finish(self, h, start, labels=None, scale=None):

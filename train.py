@@ -19,9 +19,10 @@ from support.runtime import Stop  # before torch
 
 import torch
 
-from concepts import Targets, load_concept_model
+from concepts import SELECTS, Targets, load_concept_model
 from model import GPT, ModelConfig, load_model
 from support import runtime
+from support.ablations import MIXES
 from support.cli import key
 from support.device import should_compile
 from support.files import mixed_seed
@@ -45,7 +46,7 @@ class Config:
     concept_k: int = key(32, "predicted concepts kept by TopK", low=1)
     concept_weight: float = key(0.1, "λ, weight of the concept loss", low=0)
     concept_lr_scale: float = key(1.0, "factor on the mixer's learning rate", low=0)
-    mix: Literal["interleave", "interleave_residual", "add", "none"] = key(
+    mix: Literal[MIXES] = key(
         "interleave", "insert ĉ after each h, or h + ĉ after each h; add ĉ to h; insert nothing")
     target: Literal["concept", "l1", "l2", "cos"] = key(
         "concept", "what the mixer predicts; l1, l2, cos: the hidden state, with this distance")
@@ -55,7 +56,7 @@ class Config:
     sae: str = key("openai", "its SAE: a run of sae.py, a published .pt, openai or openai_128k")
     concept_layer: int = key(5, "the SAE reads the hidden state after this block", low=0)
     attr_k: int = key(4, "label concepts per position", low=1)
-    select: Literal["attribution", "activation"] = key("attribution", "how labels are selected")
+    select: Literal[SELECTS] = key("attribution", "how labels are selected")
     attribution: Literal["code", "paper"] = key("code", "among active concepts, or all (eq. 1)")
     attribution_sign: Literal["raise", "lower", "abs"] = key("raise", "labels' effect on the loss")
     # data and length

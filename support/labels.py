@@ -31,7 +31,7 @@ def label_file(concept_model, keys):
     """(train tokens, path of their label file, its header: everything the labels depend on, and the
     array's shape and dtype)."""
     c, n_concepts = concept_model, len(concept_model.sae.encoder)
-    how = f"_{c.attribution}_{c.sign}" if c.select == "attribution" else ""
+    how = {"attribution": f"_{c.attribution}_{c.sign}", "activation": ""}[c.select]  # all it uses
     name = f"labels_{c.select}{how}_layer{c.layer}_k{c.attr_k}_block{keys.block_size}"
     tokens = load_tokens(keys.dataset, "train")
     header = dict(name=name, concept_model=model_hash(c.gpt), sae=model_hash(c.sae), bf16=c.bf16,

@@ -10,7 +10,7 @@ from support.runtime import UserError, progress
 import numpy as np
 
 from support.files import atomic_write, lock_folder
-from support.tokens import load_meta, load_tokens, tokenizer_hash
+from support.tokens import load_meta, load_tokens, tokenizer_hash, tokenizer_of_dataset
 
 PIECE = 16_000         # characters encoded as a unit; tiktoken fails on a million spaces
 WRITE_CHARS = 1 << 22  # encoded at a time, so memory use does not grow with the input
@@ -113,7 +113,7 @@ def write_dataset(folder, splits, tokenizer_name, tokenizer, **more):
                   for split, pieces in splits.items()}
         if min(counts.values()) < 2:
             raise UserError(f"the text is too short: {counts['train']:,} train and "
-                            f"{counts['val']:,} val tokens; use more text: --input, --val")
+                            f"{counts['val']:,} val tokens; use more text")
     write_meta(folder, tokenizer_name, tokenizer, counts, **more)
 
 def already_prepared(folder, wanted, replace=False):
@@ -125,7 +125,7 @@ def already_prepared(folder, wanted, replace=False):
         meta = load_meta(folder)
         found = {name: meta.get(name) for name in wanted}
         if found == wanted:
-            load_tokens(folder, "train"), load_tokens(folder, "val")
+            load_tokens(folder, "train"), load_tokens(folder, "val"), tokenizer_of_dataset(folder)
             print(f"{folder}: already prepared")
             return True
     except UserError:  # missing or damaged

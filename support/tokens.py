@@ -125,6 +125,17 @@ def mapped(path, dtype, offset=0):
         content.madvise(mmap.MADV_RANDOM)  # otherwise each 2 kB block causes a read of 128 kB
     return np.frombuffer(content, dtype, offset=offset)
 
+def tokenizer_of_dataset(dataset):
+    """The tokenizer that wrote a dataset; None for GPT-2's. UserError: its file was replaced."""
+    meta = load_meta(dataset)
+    if meta["tokenizer_hash"] == "gpt2":
+        return None
+    tokenizer = load_tokenizer(meta["tokenizer"], dataset_dir(dataset))
+    if tokenizer_hash(meta["tokenizer"], tokenizer) != meta["tokenizer_hash"]:
+        raise UserError(f"tokenizer {meta['tokenizer']!r} is not the one that wrote dataset "
+                        f"{str(dataset)!r}; prepare the dataset again")
+    return tokenizer
+
 def load_tokens(dataset, split):
     """The tokens of a split, memory-mapped: (N,) uint16. UserError: missing, empty or cut short."""
     path = dataset_dir(dataset) / f"{split}.bin"

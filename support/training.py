@@ -26,11 +26,10 @@ from support.distributed import Ranks
 from support.log import Log, SpikeDetector
 from support.tokens import (
     Batches,
-    dataset_dir,
     load_meta,
-    load_tokenizer,
     load_tokens,
     tokenizer_file,
+    tokenizer_of_dataset,
     tokens_hash,
     tokens_of_run,
 )
@@ -187,10 +186,8 @@ class TrainingRun(Run):
         if self.content is not None:
             tokens_of_run(self.content, "train"), tokens_of_run(self.content, "val")  # unchanged?
         self.uses = {"train.bin": tokens_hash(train), "val.bin": tokens_hash(val)}
-        self.tokenizer_file = b""
-        if self.meta["tokenizer_hash"] != "gpt2":
-            tokenizer = load_tokenizer(self.meta["tokenizer"], dataset_dir(cfg.dataset))
-            self.tokenizer_file = tokenizer_file(tokenizer._mergeable_ranks)
+        tokenizer = tokenizer_of_dataset(cfg.dataset)
+        self.tokenizer_file = tokenizer_file(tokenizer._mergeable_ranks) if tokenizer else b""
         self.batches = Batches(train, cfg.block_size, cfg.batch_size, self.vocab_size, cfg.seed,
                                cfg.shift_blocks, self.ranks.rank, self.ranks.size)
         self.val_blocks = Batches(val, cfg.block_size, 1, self.vocab_size, shift=False,

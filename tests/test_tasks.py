@@ -13,6 +13,7 @@ import torch
 from conftest import tiny_gpt
 
 from support import tasks
+from support.ablations import MIXES
 from support.curves import MEASURES, averages
 from support.engine import generate
 from support.tokens import load_tokenizer
@@ -20,8 +21,7 @@ from support.tokens import load_tokenizer
 # optional: the real tasks' documents, and GPT-2's tokenizer
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 METHODS = [("none", "interleave"), ("pause", "interleave"), ("pause", "add"),
-           ("hidden", "interleave"),
-           *(("concept", mix) for mix in ("interleave", "interleave_residual", "add", "none"))]
+           ("hidden", "interleave"), *(("concept", mix) for mix in MIXES)]
 
 # -- log-likelihoods -------------------------------------------------------------------------------
 

@@ -4,10 +4,10 @@
     python data/text/prepare.py --input a.jsonl.xz --val b.jsonl.xz --tokenizer=bpe:4096
     python train.py config/stdlib_ntp.py --dataset=mine --out_dir=out/mine
 
-Streams UTF-8 text, plain, .gz or .xz: .txt (one document) or .jsonl (one per line, in the field
-`text`). Without --val, every 20th document is held out; one of over 16,000 characters counts as
-several. bpe:N trains a tokenizer with N tokens and stores it in the folder; other datasets can use
-it by its path. Running the command again on the same files (by name and size) does nothing.
+Streams UTF-8 text, plain, .gz or .xz: .txt or .md (one document) or .jsonl (one per line, in the
+field `text`). Without --val, every 20th document is held out; one of over 16,000 characters counts
+as several. bpe:N trains a tokenizer with N tokens and stores it in the folder; other datasets can
+use it by its path. Running the command again on the same files (by name and size) does nothing.
 """
 import gzip
 import json
@@ -92,8 +92,8 @@ def pieces(path):
     path = Path(path)
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     kind = path.suffix if opener is open else path.with_suffix("").suffix
-    if kind not in (".txt", ".jsonl"):
-        raise UserError(f"{path}: expected .txt or .jsonl, plain, .gz or .xz")
+    if kind not in (".txt", ".md", ".jsonl"):
+        raise UserError(f"{path}: expected .txt, .md or .jsonl, plain, .gz or .xz")
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
             yield from cut(jsonl_texts(file, path) if kind == ".jsonl" else txt_texts(file))
@@ -142,7 +142,7 @@ def names_and_sizes(files):
 def main(argv):
     cfg, _ = parse(Config, argv, __doc__, most=0, files=False)
     if not cfg.input:
-        raise UserError("--input FILES is needed: .txt or .jsonl, plain, .gz or .xz")
+        raise UserError("--input FILES is needed: .txt, .md or .jsonl, plain, .gz or .xz")
     if both := {*map(realpath, cfg.input)} & {*map(realpath, cfg.val)}:
         raise UserError(f"{both.pop()} is both input and val; without --val, a part of the input "
                         "is held out")

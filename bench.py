@@ -131,6 +131,7 @@ class Row:
         if c.n_concepts and cfg.labels == "disk":
             self.labels = torch.randint(c.n_concepts, (*self.x.shape, cfg.attr_k), device=device)
         self.concept_model = train.asked(cfg, concept_model)
+        del concept_model  # freed here, where labels come from disk
         self.asks = self.concept_model is not None and kind != "official"
         if kind == "official":
             self.concept_model.gpt.requires_grad_(), self.concept_model.sae.requires_grad_()

@@ -199,7 +199,7 @@ def evaluate(run, batches):
             concept += 0.0 if labels is None else losses.concept.item() * len(x)
     run.model.train()
     rows, loss, concept = run.ranks.sum(rows, loss, concept)
-    return loss / rows, concept / rows if batches.label_model else None
+    return loss / rows, concept / rows if batches.predicts else None
 
 def open_concept_model(cfg, run):
     """(ConceptModel, labels stored on disk) of a run; None for what its method does not need."""
@@ -243,6 +243,7 @@ def main(argv):
     at_steps = asked(cfg, concept_model)
     run.attach(model, optimizer, concept_model, at_steps)
     val = run.validation_batches(concept_model if predicts(cfg) else None)
+    del concept_model  # freed here, where labels come from disk
     with Stop() as stop, run.start():
         model.train()
         if run.step == 0:

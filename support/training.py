@@ -329,8 +329,10 @@ class ValBatches:
     hidden states, too large to keep, each time."""
     def __init__(self, batches, label_model):
         self.batches, self.label_model, self.kept = batches, label_model, None
-        if label_model is not None and label_model.target == "concept":
+        self.predicts = label_model is not None
+        if self.predicts and label_model.target == "concept":
             self.kept = [label_model.labels(x, y) for x, y in batches]
+            self.label_model = None  # free its memory, if nobody else needs it
 
     def __iter__(self):
         for i, (x, y) in enumerate(self.batches):

@@ -30,6 +30,7 @@ import train
 from sae import SAE
 from support.checkpoint import load_checkpoint
 from support.published import sae_file
+from support.tokens import load_tokenizer, tokenizer_hash
 
 ROOT = Path(train.__file__).resolve().parent
 
@@ -48,10 +49,12 @@ def bad(tmp_path_factory, chain, dataset):
 
 def break_datasets(folder, dataset):
     meta = json.loads((dataset / "meta.json").read_text())
+    stdlib = tokenizer_hash("stdlib", load_tokenizer("stdlib"))
     changed = dict(short=meta, beyond=meta, odd=meta, list=[1],
                    big=meta | dict(vocab_size=70_000), words=meta | dict(vocab_size="many"),
                    nothing=meta | dict(train_tokens=0),
-                   other=meta | dict(tokenizer="stdlib", tokenizer_hash="another"))
+                   other=meta | dict(tokenizer="stdlib", tokenizer_hash=stdlib),
+                   replaced=meta | dict(tokenizer="stdlib", tokenizer_hash="another"))
     for name, content in changed.items():
         shutil.copytree(dataset, folder / name)
         (folder / name / "meta.json").write_text(json.dumps(content))
@@ -157,6 +160,8 @@ TRAIN = {  # what is wrong: (arguments, what the line must say)
     "a missing concept model":
         ("{cocomix} --concept_model={bad}/nowhere", "no checkpoint at", "nowhere"),
     "another tokenizer": ("{cocomix} --dataset={bad}/other", "another tokenizer", "'stdlib'"),
+    "a dataset whose tokenizer was replaced":
+        ("--dataset={bad}/replaced", "tokenizer 'stdlib' is not the one that wrote", "again"),
     "a block over the concept model's": ("{cocomix} --block_size=64", "block_size=64", "32"),
     "an unknown key": ("--learningrate=3", "unknown key 'learningrate'", "'learning_rate'"),
     "a wrong type": ("--n_layer=two", "n_layer='two'", "an integer"),
@@ -335,11 +340,11 @@ SAES = {
 TEXT = {
     "val that is also input":
         ("--input={bad}/tiny.txt --val={bad}/tiny.txt {out}", "both input and val"),
-    "a folder as input": ("--input={bad} {out}", "expected .txt or .jsonl"),
+    "a folder as input": ("--input={bad} {out}", "expected .txt, .md or .jsonl"),
     "empty input": ("--input={bad}/empty.jsonl --val={bad}/tiny.txt {out}", "too short: 0 train"),
     "no input": ("", "--input", "needed"),
     "no input file": ("--input={bad}/none.txt", "No such file", "none.txt"),
-    "an input of another kind": ("--input={bad}/a.csv {out}", "expected .txt or .jsonl", "a.csv"),
+    "an input of another kind": ("--input={bad}/a.csv {out}", "a.csv: expected .txt, .md or"),
     "text that is not UTF-8": ("--input={bad}/latin.txt {out}", "latin.txt is not UTF-8", "0xf6"),
     "JSON without text": ("--input={bad}/bad.jsonl {out}", "bad.jsonl, line 2", "text"),
     "JSON cut short": ("--input={bad}/half.jsonl {out}", "half.jsonl, line 2", "JSON"),

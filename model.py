@@ -10,7 +10,7 @@
 
 GPT-2's architecture: learned positions, pre-LayerNorm, GELU-tanh, tied head, optional biases.
 Other mixers (support/ablations.py) insert a pause vector or a predicted hidden state; a plain GPT
-has none. TopK(z) is sparse: (values, indices) stand for a vector of C with zeros elsewhere.
+has none. TopK(z) is sparse: values and indices of a vector of C that is zero elsewhere.
 
 Shapes: B sequences, T tokens, d = n_embd, V vocabulary, C concepts.
 """

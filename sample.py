@@ -136,7 +136,7 @@ def plan(chosen, sweep, together, index, tokenizer):
 # On the screen
 
 def columns(texts, width):
-    """Texts next to each other, wrapped into columns of equal width; a single one as it is."""
+    """Texts next to each other, wrapped into columns of equal width; a single one unchanged."""
     if len(texts) == 1:
         return texts[0]
     each = (width - 3 * (len(texts) - 1)) // len(texts)

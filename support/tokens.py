@@ -162,8 +162,8 @@ def tokens_of_run(content, split, other=False):
         raise UserError(f"the tokenizer of dataset {dataset!r} is not the one that this run was "
                         f"trained with; prepare the dataset with tokenizer "
                         f"{content['tokenizer']!r}, or name another one: --dataset=FOLDER")
-    tokens = load_tokens(dataset, split)
-    if tokens_hash(tokens) != content.get("uses", {}).get(f"{split}.bin", tokens_hash(tokens)):
+    tokens, before = load_tokens(dataset, split), content.get("uses", {}).get(f"{split}.bin")
+    if before is not None and before != tokens_hash(tokens):
         if not other:
             raise UserError(f"{split}.bin of dataset {dataset!r} has changed since this run was "
                             "trained; prepare the same text again, or say where it is now: "

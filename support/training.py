@@ -187,7 +187,8 @@ class TrainingRun(Run):
             tokens_of_run(self.content, "train"), tokens_of_run(self.content, "val")  # unchanged?
         self.uses = {"train.bin": tokens_hash(train), "val.bin": tokens_hash(val)}
         tokenizer = tokenizer_of_dataset(cfg.dataset)
-        self.tokenizer_file = tokenizer_file(tokenizer._mergeable_ranks) if tokenizer else b""
+        file = tokenizer_file(tokenizer._mergeable_ranks) if tokenizer else b""
+        self.tokenizer_file = torch.tensor(list(file), dtype=torch.uint8)
         self.batches = Batches(train, cfg.block_size, cfg.batch_size, self.vocab_size, cfg.seed,
                                cfg.shift_blocks, self.ranks.rank, self.ranks.size)
         self.val_blocks = Batches(val, cfg.block_size, 1, self.vocab_size, shift=False,
@@ -302,7 +303,7 @@ class TrainingRun(Run):
                            train_config=asdict(self.cfg), uses=self.uses,
                            tokenizer=self.meta["tokenizer"],
                            tokenizer_hash=self.meta["tokenizer_hash"],
-                           tokenizer_file=torch.tensor([*self.tokenizer_file], dtype=torch.uint8),
+                           tokenizer_file=self.tokenizer_file,
                            step=self.step)
             if self.step and self.at_eval and self.cfg.keep_checkpoints:
                 save_checkpoint(self.out / f"step_{self.step}.pt", **content)

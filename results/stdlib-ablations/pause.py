@@ -3,8 +3,8 @@
     python results/stdlib-ablations/pause.py       # after make ablations; writes pause.md
 
 For each upper block, the attention from the inserted position of token t to h_t, to itself, and to
-everything else: the mean over heads, positions 32 to 255, 16 blocks of val and the finished seeds.
-Uniform attention gives each 1 / (2t + 2): the first row.
+everything else: the mean over heads, positions 32 to 255, 16 blocks of val and seeds 1
+and 2. Uniform attention gives each 1 / (2t + 2): the first row.
 """
 import statistics
 import sys

@@ -6,7 +6,7 @@
     python concepts.py config/stdlib_cocomix.py --write_labels   # store all labels for training
     python concepts.py --download                                # fetch GPT-2 and its SAE
 
-For tokens and their targets, with h the hidden state after block concept_layer:
+For tokens and the next tokens, with h the hidden state after block concept_layer:
 
     c = the SAE's active concepts of h                         sparse, k of C
     g = ∂(mean next-token loss) / ∂h                           weights frozen
@@ -29,7 +29,7 @@ from support import published, report
 from support.activations import check_layer, hidden_states
 from support.checkpoint import RUN, check_models, find_checkpoint, load_checkpoint, relocate
 from support.cli import key, parse
-from support.concept_index import column_norms, index_of_run
+from support.concept_index import column_norms
 from support.device import pick_device, uses_bf16
 from support.kernels import Teacher, TopK, gathered_dot, linear_cross_entropy, normalize, topk
 from support.labels import write_all
@@ -70,8 +70,8 @@ class ConceptModel:
                 setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
 
     @torch.no_grad()
-    def targets(self, idx, y, teaches=None):
-        """Tokens and their targets (B, T) → Targets, from one forward pass."""
+    def concept_targets(self, idx, y, teaches=None):
+        """Tokens and the next tokens y (B, T) → Targets, from one forward pass."""
         teaches = self.teaches if teaches is None else teaches
         labels = h_final = teacher = None
         with torch.autocast(idx.device.type, enabled=False):  # self.bf16 alone sets the precision
@@ -87,7 +87,7 @@ class ConceptModel:
 
     def labels(self, idx, y):
         """(B, T, attr_k) int64 label concepts, best first; or the hidden states (B, T, d)."""
-        return self.targets(idx, y, teaches=False).labels
+        return self.concept_targets(idx, y, teaches=False).labels
 
     def distribution_only(self):
         """The same model asked for its next-token distribution only: labels come from disk."""
@@ -212,7 +212,7 @@ class LabelConfig:
     attribution: Literal["code", "paper"] = key("code", "among active concepts, or all (eq. 1)")
     attribution_sign: Literal["raise", "lower", "abs"] = key("raise", "labels' effect on the loss")
     device: str = key("auto", "cpu, cuda, cuda:1 or mps; auto: the fastest available")
-    dtype: Literal["auto", "float32", "bfloat16"] = key("auto", "auto: bfloat16 on CUDA")
+    dtype: Literal["auto", "float32", "bfloat16"] = key("auto", "auto: bfloat16 on A100 and newer")
 
 @dataclass(frozen=True)
 class Config(LabelConfig):
@@ -223,6 +223,7 @@ class Config(LabelConfig):
     weights: bool = key(False, "the norms of the compress matrix's columns (Figure 6c)")
     plot: str | None = key(None, "--weights: draw them to this .png, .svg or .pdf")
     out_dir: str | None = key(None, "folder for concepts.pt and concepts.html (none: the run's)")
+    overwrite: bool = key(False, "replace a concepts.pt or .html that is something else")
     write_labels: bool = key(False, "store the labels of all train tokens for a train.py config")
     download: bool = key(False, "fetch GPT-2 and the published SAE of --concept_layer")
 
@@ -247,7 +248,7 @@ def main(argv):
     device = pick_device(cfg.device)
     if cfg.write_labels:
         return write_all(*load_concept_model(cfg, device), cfg, device)
-    path = find_checkpoint(rest[0] if rest else None)
+    path = find_checkpoint(rest[0] if rest else None, cfg.out_dir)
     content = load_checkpoint(path, RUN)
     report.check_run(content, cfg.weights)
     relocate(content, cfg)
@@ -255,9 +256,8 @@ def main(argv):
     if cfg.weights:
         return report.show_weights(column_norms(model), cfg.plot)
     run_concept_model = cache(partial(concept_model_of_run, content, device))
-    index = index_of_run(folder, content, model, run_concept_model, device, cfg.tokens)
-    report.show_index(folder, content, model, tokenizer_of_run(content), index, cfg,
-                      run_concept_model)
+    report.show_index(folder, content, model, tokenizer_of_run(content), cfg, run_concept_model,
+                      device)
 
 if __name__ == "__main__":
     run(main)

@@ -5,13 +5,15 @@
     python sample.py out/stdlib/cocomix --steer                        # plain and steered text
     python sample.py out/stdlib/cocomix --steer=17:6,error:-8          # by number, or by words
     python sample.py out/stdlib/cocomix --steer=error --steer_sweep    # factors from -10 to 10
+    python sample.py out/stdlib/cocomix --serve                        # all of it in a browser
 
 Steering multiplies a concept's logit z_i before TopK, at every position (the paper's factors: -10
 to 10). As in the paper's Figure 5, the frozen concept model is shown next to the run, steered in
 the SAE's space (concepts.SteeredSAE). Words are looked up in the concept index.
 """
 import shutil
-from dataclasses import dataclass, replace
+import unicodedata
+from dataclasses import dataclass
 from functools import partial
 from itertools import product, zip_longest
 from pathlib import Path
@@ -27,10 +29,10 @@ from support.checkpoint import RUN, find_checkpoint, load_checkpoint, relocate
 from support.cli import key, parse
 from support.concept_index import NAME, describe, find, index_of_run, texts, used
 from support.device import pick_device
-from support.engine import generate
-from support.kernels import TopK
+from support.engine import concepts_at, decoder, stream
+from support.serve import FACTOR, HOTTEST, SLIDERS, TOKENS, Playground, Server
 from support.steering import choose_concepts, scales
-from support.tokens import tokenizer_of_run
+from support.tokens import encode_text, tokenizer_of_run, tokens_of_run
 
 SWEEP = (-10, -8, -6, -4, -2, 0, 1, 2, 4, 6, 8, 10)  # 1 changes nothing
 
@@ -41,6 +43,7 @@ class Config:
     max_new_tokens: int = key(100, "tokens per text", low=1)
     temperature: float = key(0.8, "0: greedy; 1: the model's own distribution", low=0)
     top_k: int | None = key(200, "sample from this many most likely tokens (none: all)", low=1)
+    stop: bool = key(True, "end a text at the end-of-text token")
     seed: int = key(1337, "of the random numbers", low=0, high=2**32 - 1)
     steer: str | None = key(None, "CONCEPT:FACTOR,…, by number or words; without a value: three "
                             "often used concepts", bare="auto", follows=r"[^-].*:-?[\d.]|-\d+:")
@@ -48,6 +51,9 @@ class Config:
     model: Literal["run", "concept", "both"] | None = key(
         None, "generate with the run, its concept model, or both (none: both with --steer)")
     inspect: bool = key(False, "print the strongest predicted concepts under each token")
+    serve: int | None = key(None, "read and steer in a browser, at this port of this computer "
+                            "(0: any; without a value: 8000)", low=0, high=65535, bare="8000",
+                            follows=r"\d+$")
     dataset: str | None = key(None, "where the run's dataset is now (none: where it was)")
     concept_model: str | None = key(None, "where its concept model is now")
     sae: str | None = key(None, "where its SAE is now")
@@ -135,45 +141,53 @@ def plan(chosen, sweep, together, index, tokenizer):
 # --------------------------------------------------------------------------------------------------
 # On the screen
 
-def columns(texts, width):
-    """Texts next to each other, wrapped into columns of equal width; a single one unchanged."""
-    if len(texts) == 1:
-        return texts[0]
-    each = (width - 3 * (len(texts) - 1)) // len(texts)
-    wrapped = [[line[i:i + each] for line in text.expandtabs().splitlines()
-                for i in range(0, max(1, len(line)), each)] for text in texts]
-    rows = zip_longest(*wrapped, fillvalue="")
-    return "\n".join(" │ ".join(cell.ljust(each) for cell in row).rstrip() for row in rows)
+def width_of(text):
+    """How many columns of a terminal a text takes."""
+    marks = sum(unicodedata.category(c) in ("Mn", "Me", "Cf", "Cc") for c in text)
+    return len(text) - marks + sum(unicodedata.east_asian_width(c) in "WF" for c in text)
 
-@torch.no_grad()
-def concepts_at(model, idx, scale=None):
-    """The concepts predicted at each token of idx (1, T), TopK (1, T, k), each from at least half a
-    block of context where T exceeds block_size."""
-    size, parts = model.config.block_size, []
-    half = size // 2
-    for start in range(0, max(1, idx.shape[1] - half), size - half):
-        top = model.concepts(idx[:, start:start + size], scale)
-        parts.append([t[:, half if start else 0:] for t in top])
-    return TopK(*(torch.cat(t, dim=1) for t in zip(*parts, strict=True)))
+def pad(text, width):
+    return text + " " * (width - width_of(text))
+
+def wrap(line, width):
+    """A line in pieces of at most `width` columns, and of at least one character."""
+    pieces = [""]
+    for character in line:
+        if pieces[-1] and width_of(pieces[-1] + character) > width:
+            pieces.append("")
+        pieces[-1] += character
+    return pieces
+
+def columns(texts, width, least=8):
+    """Texts next to each other, wrapped into columns of equal width; a single one unchanged. Below
+    each other where a column would have fewer than `least`."""
+    each = (width - 3 * (len(texts) - 1)) // len(texts)
+    if len(texts) == 1 or each < least:
+        return "\n\n".join(texts)
+    wrapped = [[piece for line in text.expandtabs().splitlines() for piece in wrap(line, each)]
+               for text in texts]
+    rows = zip_longest(*wrapped, fillvalue="")
+    return "\n".join(" │ ".join(pad(cell, each) for cell in row).rstrip() for row in rows)
 
 def gloss(cells, width):
     """Cells (a token and the notes under it) next to each other, in rows of at most `width`."""
     rows, room = [], 0
     for cell in cells:
-        size = max(map(len, cell)) + 2
+        size = max(map(width_of, cell)) + 2
         if size > room:
             rows.append([""] * len(cell))
             room = width
-        rows[-1] = [line + text.ljust(size) for line, text in zip(rows[-1], cell, strict=True)]
+        rows[-1] = [line + pad(text, size) for line, text in zip(rows[-1], cell, strict=True)]
         room -= size
     return "\n\n".join("\n".join(map(str.rstrip, row)) for row in rows) + "\n"
 
 def inspection(model, ids, scale, index, tokenizer, width, n=3):
     """The text of ids with the n strongest concepts under each token: number, first typical next
     token, and logit (or the SAE's activation)."""
-    top, cells = concepts_at(model, ids[None], scale), []
+    idx = torch.tensor([ids], device=model.wte.weight.device)
+    top, cells = concepts_at(model, idx, scale), []
     strongest = top.indices[0, :, :n].tolist(), top.values[0, :, :n].tolist()
-    for token, concepts, values in zip(ids.tolist(), *strongest, strict=True):
+    for token, concepts, values in zip(ids, *strongest, strict=True):
         notes = [f"{concept} {index.name(concept, tokenizer, 1)} {value:.1f}"
                  for concept, value in zip(concepts, values, strict=True)]
         cells.append([repr(tokenizer.decode([token])), *notes])
@@ -187,15 +201,16 @@ def read_prompt(start, tokenizer):
             start = Path(start[5:]).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as e:
             raise UserError(f"{start[5:]} is not UTF-8 text (byte {e.start})") from e
-    return tokenizer.encode(start, allowed_special="all") or [tokenizer.eot_token]
+    return encode_text(tokenizer, start, special=True) or [tokenizer.eot_token]
 
 def load_models(cfg, content, model, load_concept_model):
     """The models that generate, {name: GPT}: the run, its steerable concept model, or both."""
-    which, c = cfg.model or ("both" if cfg.steer else "run"), model.config
-    assert c.insert == "concept" or not cfg.steer and not cfg.inspect and which == "run", (
-        f"method={content['train_config']['method']!r} has no concepts: --steer, --inspect and "
-        "--model need a cocomix run")
-    assert not cfg.steer or c.mix != "none" or which == "concept", (
+    steered, c = cfg.steer or cfg.steer_sweep or cfg.serve is not None, model.config
+    which = cfg.model or ("both" if steered else "run")
+    assert c.insert == "concept" or not steered and not cfg.inspect and which == "run", (
+        f"method={content['train_config']['method']!r} has no concepts: --steer, --inspect, "
+        "--serve and --model need a cocomix run")
+    assert not steered or c.mix != "none" or which == "concept", (
         "mix='none' leaves nothing to steer but the concept model; add --model=concept")
     models = {} if which == "concept" else {"CoCoMix": model}
     if which != "run":
@@ -207,51 +222,98 @@ def load_models(cfg, content, model, load_concept_model):
             print(f"only the run is steered: {e}")
     return models
 
+def playground(cfg, content, models, index, tokenizer, chosen):
+    """What --serve shows: the page's Playground."""
+    for concept, factor in chosen.items():
+        assert abs(factor) <= FACTOR, f"steer={concept}:{factor:g}: a slider ends at {FACTOR}"
+    assert len(chosen) <= SLIDERS, f"{len(chosen)} concepts to steer: the page takes {SLIDERS}"
+    for name, most in (("max_new_tokens", TOKENS), ("temperature", HOTTEST)):
+        value = getattr(cfg, name)
+        assert value <= most, f"{name}={value}: the page takes at most {most}"
+    val = None
+    try:
+        val = tokens_of_run(content, "val")
+    except UserError as e:
+        print(f"left out: the perplexity of a setting: {e}")
+    start = "" if not cfg.start else tokenizer.decode(read_prompt(cfg.start, tokenizer))
+    settings = dict(run=content["train_config"]["out_dir"], prompt=start, seed=cfg.seed,
+                    tokens=cfg.max_new_tokens, temperature=cfg.temperature, factors=chosen)
+    return Playground(models, index, tokenizer, val, cfg.top_k, settings)
+
+def continuations(cfg, models, idx, scale, tokenizer, live):
+    """{name of a model: the new tokens of each row}; a live text is printed as it comes."""
+    stop, found = tokenizer.eot_token if cfg.stop else None, {}
+    for name, gpt in models.items():
+        generator = torch.Generator(idx.device).manual_seed(cfg.seed)  # the same for all models
+        steps, text = [], decoder(tokenizer)
+        for step in stream(gpt, idx.expand(cfg.num_samples, -1), cfg.max_new_tokens,
+                           cfg.temperature, cfg.top_k, scale, generator, stop=stop):
+            steps.append(step[:, 0].tolist())
+            if live and steps[-1][0] != stop:
+                print(text(steps[-1][0]), end="", flush=True)
+        rows = map(list, zip(*steps, strict=True))
+        found[name] = [row[:row.index(stop)] if stop in row else row for row in rows]
+    return found
+
+def write(cfg, models, prompt, idx, variants, tokenizer, index):
+    """Print the continuations under each of the variants, {title: {concept: factor}}. Of a single
+    model's, the first appears token by token."""
+    width, alone = shutil.get_terminal_size((100, 24)).columns, len(models) == 1
+    scale = None
+    if any(variants.values()):
+        scale = scales(variants.values(), len(index.labelled), idx.device)
+    prompt = [] if prompt == [tokenizer.eot_token] else prompt
+    titles = [f"\n── {title or f'sample {sample + 1}'} ".ljust(width + 1, "─")
+              for title, sample in product(variants, range(cfg.num_samples))]
+    if alone:
+        print(f"{titles[0]}\n{tokenizer.decode(prompt)}", end="", flush=True)
+    found = continuations(cfg, models, idx, scale, tokenizer, alone)
+    for row, title in enumerate(titles):
+        texts = {name: prompt + rows[row] for name, rows in found.items()}
+        decoded = [tokenizer.decode(ids) for ids in texts.values()]
+        if alone:
+            print(f"{title}\n{decoded[0]}" if row else "")
+        else:
+            named = [f"{name.upper()}\n{text}" for name, text in zip(texts, decoded, strict=True)]
+            print(f"{title}\n{columns(named, width)}")
+        if cfg.inspect:
+            for name, ids in texts.items():
+                factors = None if scale is None else scale[row // cfg.num_samples]
+                shown = inspection(models[name], ids, factors, index, tokenizer, width)
+                print(f"\n{name}:\n{shown}")
+
 def main(argv):
     cfg, runs = parse(Config, argv, __doc__, most=1, files=False)
-    if cfg.steer_sweep and cfg.steer is None:
-        cfg = replace(cfg, steer="auto")
+    if cfg.serve is not None:
+        for name in ("num_samples", "steer_sweep", "inspect", "stop"):
+            assert getattr(cfg, name) == getattr(Config, name), f"--{name} is not for --serve"
     device = pick_device(cfg.device)
-    path = find_checkpoint(runs[0] if runs else None)
+    path = find_checkpoint(runs[0] if runs else None, cfg.out_dir)
     content = load_checkpoint(path, RUN)
     relocate(content, cfg)
     model, tokenizer = load_model(content, device), tokenizer_of_run(content)
     load_concept_model = partial(concept_model_of_run, content, device)
-    prompt, C = read_prompt(cfg.start, tokenizer), model.config.n_concepts
+    prompt, steer = read_prompt(cfg.start, tokenizer), cfg.steer or ("auto" * cfg.steer_sweep)
     idx = torch.tensor([prompt], device=device)
     models = load_models(cfg, content, model, load_concept_model)
 
-    auto, index, variants, scale = cfg.steer == "auto", None, {"": {}}, None
-    chosen = parse_steer(cfg.steer, C, cfg.steer_sweep) if cfg.steer and not auto else {}
-    if cfg.steer or cfg.inspect:
+    chosen, index, variants = {}, None, {"": {}}
+    if steer and steer != "auto":
+        chosen = parse_steer(steer, model.config.n_concepts, cfg.steer_sweep)
+    server = Server(cfg.serve) if cfg.serve is not None else None
+    if steer or cfg.inspect or server:
         folder = Path(cfg.out_dir or path.parent)
         index = index_of_run(folder, content, model, load_concept_model, device)
-    if auto:
+    if steer == "auto":
         first = next(iter(models.values()))
         chosen = choose(first, tokenizer, idx, index, n=1 if cfg.steer_sweep else 3)
-    if cfg.steer:
-        chosen = {look_up(name, index, tokenizer) if isinstance(name, str) else name: factor
-                  for name, factor in chosen.items()}
-        variants = plan(chosen, cfg.steer_sweep, not auto, index, tokenizer)
-        scale = scales(variants.values(), C, device)
-
-    tokens = {}  # name → (variants · samples, T)
-    for name, gpt in models.items():
-        generator = torch.Generator(device).manual_seed(cfg.seed)  # the same for all models
-        tokens[name] = generate(gpt, idx.expand(cfg.num_samples, -1), cfg.max_new_tokens,
-                                cfg.temperature, cfg.top_k, scale, generator)
-    width = shutil.get_terminal_size((100, 24)).columns
-    for row, (title, sample) in enumerate(product(variants, range(cfg.num_samples))):
-        print(f"\n── {title or f'sample {sample + 1}'} ".ljust(width + 1, "─"))
-        ids = {name: t[row, prompt == [tokenizer.eot_token]:] for name, t in tokens.items()}
-        if len(ids) > 1:
-            print(columns([name.upper() for name in ids], width))
-        print(columns([tokenizer.decode(t.tolist()) for t in ids.values()], width))
-        if cfg.inspect:
-            factors = None if scale is None else scale[row // cfg.num_samples]
-            for name, t in ids.items():
-                shown = inspection(models[name], t, factors, index, tokenizer, width)
-                print(f"\n{name}:\n{shown}")
+    chosen = {look_up(name, index, tokenizer) if isinstance(name, str) else name: factor
+              for name, factor in chosen.items()}
+    if server:
+        return server.run(playground(cfg, content, models, index, tokenizer, chosen))
+    if steer:
+        variants = plan(chosen, cfg.steer_sweep, steer != "auto", index, tokenizer)
+    write(cfg, models, prompt, idx, variants, tokenizer, index)
 
 if __name__ == "__main__":
     run(main)

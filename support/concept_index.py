@@ -160,7 +160,7 @@ def build_index(content, model, concept_model, tokens, device):
     with progress(steps * rows * T, "concept index", "tok", unit_scale=True, leave=False) as bar:
         for step in range(steps):
             x, y = (t.to(device) for t in batches[step])
-            labels, _, active = concept_model.targets(x, y, teaches=False)
+            labels, _, active = concept_model.concept_targets(x, y, teaches=False)
             kept = model.concepts(x)
             labelled += labels.flatten().bincount(minlength=C)
             predicted += kept.indices.flatten().bincount(minlength=C)
@@ -183,23 +183,42 @@ def build_index(content, model, concept_model, tokens, device):
         *effects, norm, *neighbours(concept_model.sae.decoder),
         *contexts_at(train, *most_active), *contexts_at(train, *most_predicted))
 
-def index_of_run(folder, content, model, concept_model, device, tokens=None):
+def read_index(path):
+    """concepts.pt as a dict, empty if there is none. UserError: it is not an index."""
+    if not path.exists():
+        return {}
+    try:
+        found = read_tensors(path, "a concept index")
+    except OSError as e:
+        raise UserError(f"{path} can't be read ({e.strerror})") from e
+    if not isinstance(found, dict) or not {"checkpoint", "next_tokens"} <= found.keys():
+        raise UserError(f"{path} is not a concept index of this version")
+    return found
+
+def index_of_run(folder, content, model, concept_model, device, tokens=None, overwrite=False):
     """The ConceptIndex of a run, from concepts.pt in a folder; built and saved if that has other
     weights or not `tokens` training tokens (None: any number). concept_model: the run's
-    ConceptModel, or a function that loads it."""
-    stored = Path(folder) / "concepts.pt"
-    with suppress(OSError, UserError, TypeError):  # missing, damaged, an older version's
-        found = ConceptIndex(**read_tensors(stored, "a concept index"))
-        if found.checkpoint == model_hash(model) and tokens in (None, found.requested):
-            return found
-    tokens = tokens or 1_000_000
-    print(f"building {stored} from {tokens:,} training tokens (once per checkpoint)")
+    ConceptModel, or a function that loads it. overwrite: a concepts.pt that is no index, too."""
+    stored, tokens_read, keep = Path(folder) / "concepts.pt", tokens or 1_000_000, True
+    try:
+        with suppress(TypeError):  # an older version's
+            found = ConceptIndex(**read_index(stored))
+            if found.checkpoint == model_hash(model) and tokens in (None, found.requested):
+                return found
+    except UserError as e:
+        keep = overwrite
+        if not keep:
+            print(f"left out: keeping the index ({e}); --out_dir=FOLDER keeps it elsewhere, "
+                  "python concepts.py RUN --overwrite replaces the file")
+    print(f"building {stored if keep else 'the index'} from {tokens_read:,} training tokens "
+          "(once per checkpoint)")
     if callable(concept_model):
         concept_model = concept_model()
-    index = build_index(content, model, concept_model, tokens, device)
+    index = build_index(content, model, concept_model, tokens_read, device)
     try:
-        with atomic_write(stored) as file:
-            torch.save(index._asdict(), file)
+        if keep:
+            with atomic_write(stored) as file:
+                torch.save(index._asdict(), file)
     except (UserError, OSError) as e:
         print(f"left out: keeping the index ({e}); --out_dir=FOLDER keeps it elsewhere")
     return index

@@ -1,5 +1,10 @@
 """Text generation with a key/value cache, plain or under several steering scales at once."""
+import codecs
+from copy import copy
+
 import torch
+
+from support.kernels import TopK
 
 class KVCache:
     """Keys and values of one block, (B, heads, positions, d/heads), filled from the left."""
@@ -37,32 +42,40 @@ def draw(logits, temperature, top_k, uniform):
     return token if kept is None else kept.gather(-1, token)
 
 @torch.no_grad()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, scale=None, generator=None,
-             use_cache=True):
-    """Continue prompts idx (B, T) → tokens (B, T + max_new_tokens).
+def read(model, idx, use_cache=True):
+    """The lower blocks' reading of idx (B, T ≤ block_size): (h at insert_at, the KVCaches)."""
+    cache = new_cache(model.config) if use_cache else None
+    return model.forward_blocks(model.embed(idx), 0, model.config.insert_at, cache=cache), cache
+
+@torch.no_grad()
+def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, scale=None, generator=None,
+           use_cache=True, stop=None, prompt=None):
+    """Continue prompts idx (B, T): yields the next tokens, (B, 1), max_new_tokens times.
 
     temperature 0: greedy. top_k: sample from the k most likely tokens. scale: steering, a factor
     for each concept logit, (C,); or (S, 1, C) for a sweep: all B prompts under one scale after the
-    other, with the same random numbers → (S·B, T + max_new_tokens); lower blocks read them once.
+    other, with the same random numbers → (S·B, 1); lower blocks read the prompts once. stop: after
+    this token a row repeats it; the end once all rows do. prompt: read(model, idx), if known.
     Text beyond block_size is continued from its last block_size // 2 tokens, cache or not."""
     c, B, S = model.config, len(idx), 1
     if scale is not None and scale.dim() == 3:
         S, scale = len(scale), scale.repeat_interleave(B, dim=0)
+    ended = torch.zeros(S * B, 1, dtype=torch.bool, device=idx.device)
     start, cache = 0, None  # of the context window
-    for _ in range(max_new_tokens):
+    if prompt is not None:  # the copies are filled from here on
+        h, cache = prompt[0], [copy(layer) for layer in prompt[1]]
+    for i in range(max_new_tokens):
         if idx.shape[1] - start > c.block_size:
             start, cache = idx.shape[1] - max(1, c.block_size // 2), None
         if cache is None:
-            cache = new_cache(c) if use_cache else None
-            new, past = idx[:, start:], 0
-        else:
-            new, past = idx[:, -1:], idx.shape[1] - 1 - start
-        h = model.forward_blocks(model.embed(new, past), 0, c.insert_at, cache=cache)
+            h, cache = read(model, idx[:, start:], use_cache)
+        elif i:
+            new = model.embed(idx[:, -1:], idx.shape[1] - 1 - start)
+            h = model.forward_blocks(new, 0, c.insert_at, cache=cache)
         if len(idx) < S * B:  # first step of a sweep: from here on the scales differ
             idx, h = idx.repeat(S, 1), h.repeat(S, 1, 1)
-            if cache is not None:
-                for layer in cache[:c.insert_at]:
-                    layer.repeat(S)
+            for layer in cache[:c.insert_at] if use_cache else ():
+                layer.repeat(S)
         h = model.forward_blocks(model.mix(h, scale=scale).h, c.insert_at, c.n_layer, cache=cache)
         logits = model.head(h[:, -1]).float()
         if temperature == 0:
@@ -70,5 +83,31 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, scale=None
         else:
             uniform = torch.rand(B, 1, generator=generator, device=idx.device).repeat(S, 1)
             token = draw(logits, temperature, top_k, uniform)
+        if stop is not None:
+            token = token.masked_fill(ended, stop)
+            ended |= token == stop
+        yield token
+        if stop is not None and ended.all():
+            return
         idx = torch.cat((idx, token), dim=1)
-    return idx
+
+def generate(model, idx, *args, **options):
+    """`stream` at once: prompts idx (B, T) → tokens (S·B, at most T + max_new_tokens)."""
+    tokens = list(stream(model, idx, *args, **options))
+    return torch.cat((idx.repeat(len(tokens[0]) // len(idx), 1), *tokens), dim=1)
+
+def decoder(tokenizer):
+    """A function: a text's next token → the characters that it completes."""
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    return lambda token: decode(tokenizer.decode_single_token_bytes(token))
+
+@torch.no_grad()
+def concepts_at(model, idx, scale=None):
+    """The concepts predicted at each token of idx (1, T), TopK (1, T, k), each from at least half a
+    block of context where T exceeds block_size."""
+    size, parts = model.config.block_size, []
+    half = size // 2
+    for start in range(0, max(1, idx.shape[1] - half), size - half):
+        top = model.concepts(idx[:, start:start + size], scale)
+        parts.append([t[:, half if start else 0:] for t in top])
+    return TopK(*(torch.cat(t, dim=1) for t in zip(*parts, strict=True)))

@@ -8,22 +8,23 @@ import numpy as np
 import torch
 
 from support.checkpoint import PLACES
-from support.concept_index import CONTEXTS, EDGES, NAME, describe, find, texts, used
+from support.concept_index import CONTEXTS, EDGES, NAME, describe, find, index_of_run, texts, used
 from support.curves import new_figure, picture_path, save_figure
 from support.files import atomic_write
 from support.tokens import Batches, tokens_of_run
 
+DATA = b'<script id="data" type="application/json">'  # in every report
 TEMPLATE = Path(__file__).with_name("report.html")
 
 def check_arguments(cfg, rest, argv, label_keys):
     """Refuse arguments of concepts.py that contradict each other."""
-    picture_path(cfg.plot)
+    picture_path(cfg.plot, cfg.overwrite)
     assert cfg.weights or not cfg.plot, "--plot draws what --weights prints: give both"
     assert not (cfg.write_labels and rest), (
         f"--write_labels takes a config file of train.py, not {rest[0]!r}")
     given = [arg for arg in argv if arg.endswith(".py") and not arg.startswith("-")]
-    given += [f"--{name}" for name in label_keys if name not in (*PLACES, "device")
-              and getattr(cfg, name) != getattr(type(cfg), name)]
+    given += [f"--{name}" for name in label_keys
+              if name in cfg.given and name not in (*PLACES, "device")]
     if given and not (cfg.write_labels or cfg.download):
         raise UserError(f"{given[0]} is for --write_labels; a run is read with its own settings")
 
@@ -35,9 +36,21 @@ def check_run(content, weights):
     assert model["mix"] != "none" or not weights, (
         "mix='none' has no compress matrix; name a cocomix run with another mix")
 
-def show_index(folder, content, model, tokenizer, index, cfg, load_concept_model):
+def check_report(folder, overwrite):
+    """The path of the HTML report in a folder. UserError: another file is there."""
+    path = Path(folder) / "concepts.html"
+    written_here = not path.exists() or path.is_file() and DATA in path.read_bytes()
+    if not written_here and not overwrite:
+        raise UserError(f"{path} is not a report of this script; --overwrite replaces it, "
+                        "--out_dir=FOLDER writes elsewhere")
+    return path
+
+def show_index(folder, content, model, tokenizer, cfg, load_concept_model, device):
     """Print the cfg.top concepts that match the words cfg.find best; without words the most used
     ones, and write the HTML report into a folder, with cfg.pages concepts."""
+    report = check_report(folder, cfg.overwrite or cfg.find is not None)
+    index = index_of_run(folder, content, model, load_concept_model, device, cfg.tokens,
+                         cfg.overwrite)
     entries = [describe(index, concept, tokenizer) for concept in used(index)]
     if cfg.find is not None:
         matches = find(entries, cfg.find)[:min(cfg.top, 10)]
@@ -49,7 +62,6 @@ def show_index(folder, content, model, tokenizer, index, cfg, load_concept_model
         some_passages = passages(content, model, load_concept_model(), tokenizer)
     except (UserError, AssertionError, OSError) as e:
         print(f"left out: passages in the report: {e}")
-    report = Path(folder) / "concepts.html"
     write_report(report, str(folder), index, entries[:cfg.pages], some_passages)
     print(f"\nreport: {report}")
 

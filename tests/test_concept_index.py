@@ -33,7 +33,7 @@ def read_plainly(content, model, concept_model, tokens):
     train, T = tokens_of_run(content, "train"), model.config.block_size
     batches = Batches(train, T, tokens // T, model.config.vocab_size, shift=False)
     x, y = batches[0]
-    labels, _, active = concept_model.targets(x, y, teaches=False)
+    labels, _, active = concept_model.concept_targets(x, y, teaches=False)
     kept = model(x).concepts
 
     def by_concept(top, row, t):

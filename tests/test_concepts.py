@@ -107,8 +107,9 @@ def test_impossible_choices_are_named(choices, error, message):
 def test_flops_of_labels_are_those_of_the_matrix_products_that_run():
     x, y = torch.randint(61, (1, 16)), torch.randint(61, (1, 16))
     attention = 4 * 24 * 16 // 2  # of one block
-    # by attribution: 3 blocks forward, one backward; by activation: the 2 lower blocks
-    for select, blocks in (("attribution", 4), ("activation", 2)):
+    # by attribution: 3 blocks forward, one backward, which is twice a forward; by activation: the 2
+    # lower blocks
+    for select, blocks in (("attribution", 5), ("activation", 2)):
         cm = make(select=select)
         cm.gpt = tiny_gpt(vocab_size=64).requires_grad_(False).eval()
         with CountProducts() as counter:
@@ -121,7 +122,7 @@ def test_a_teacher_has_the_models_logits_and_costs_no_second_forward(select, tar
     cm, (x, y), counts = make(select=select, target=target), tokens(16), []
     for teaches in (False, True):
         with CountProducts() as counter:
-            targets = cm.targets(x, y, teaches)
+            targets = cm.concept_targets(x, y, teaches)
         counts.append(counter.flops)
         assert (targets.teacher is not None) == teaches
     teacher = targets.teacher
@@ -138,9 +139,9 @@ def test_a_teacher_has_the_models_logits_and_costs_no_second_forward(select, tar
 
 def test_for_labels_from_disk_only_the_next_token_distribution_is_left():
     cm, (x, y) = make(), tokens()
-    targets = cm.distribution_only().targets(x, y)
+    targets = cm.distribution_only().concept_targets(x, y)
     assert targets.labels is None and targets.active is None
-    assert torch.equal(targets.teacher.x, cm.targets(x, y, teaches=True).teacher.x)
+    assert torch.equal(targets.teacher.x, cm.concept_targets(x, y, teaches=True).teacher.x)
 
 # -- runs ------------------------------------------------------------------------------------------
 

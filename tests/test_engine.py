@@ -6,7 +6,8 @@ import torch
 from conftest import tiny_gpt
 from test_reference import VARIANTS
 
-from support.engine import generate
+from support.engine import decoder, generate, read, stream
+from support.tokens import load_tokenizer
 
 def seeded(seed=1):
     return torch.Generator().manual_seed(seed)
@@ -73,6 +74,43 @@ def test_padding_is_never_sampled():
     with torch.no_grad():
         model.wte.weight[61:] = 100.0
     assert generate(model, torch.randint(61, (2, 12)), 20, temperature=1.5).max() < 61
+
+def test_rows_end_at_the_stop_token_and_the_text_with_the_last_row():
+    model, idx = tiny_gpt(), torch.randint(61, (3, 4))
+    free = generate(model, idx, 40, generator=seeded())
+    stop = free[0, 9].item()
+    stopped = generate(model, idx, 40, generator=seeded(), stop=stop)
+    ends = []
+    for row, alone in zip(stopped, free, strict=True):
+        new = alone[4:].tolist()
+        end = new.index(stop) + 1 if stop in new else len(new)
+        expected = new[:end] + [stop] * (40 - end)
+        assert row[4:].tolist() == expected[:len(row) - 4]
+        ends.append(end)
+    assert stopped.shape[1] == 4 + max(ends)
+
+@pytest.mark.parametrize("insert, mix", VARIANTS)
+@pytest.mark.parametrize("sweep", [True, False])
+def test_a_prompt_that_was_read_before_gives_the_same_text(insert, mix, sweep):
+    model, idx, scale = tiny_gpt(insert=insert, mix=mix), torch.randint(61, (1, 6)), None
+    if sweep and insert == "concept":
+        scale = torch.ones(2, 1, 40, dtype=torch.float64)
+        scale[1, 0, 7] = -8
+    prompt = read(model, idx)
+    expected = list(stream(model, idx, 25, scale=scale, generator=seeded()))
+    for _ in range(2):  # the reading is not changed by its use
+        found = stream(model, idx, 25, scale=scale, generator=seeded(), prompt=prompt)
+        assert torch.equal(torch.cat(list(found)), torch.cat(expected))
+
+def test_a_character_of_several_tokens_comes_whole():
+    tokenizer = load_tokenizer("stdlib")
+    text = "naïve 漢字 👍 \N{WOMAN}\u200d\N{PERSONAL COMPUTER}"
+    decode, so_far = decoder(tokenizer), ""
+    for token in tokenizer.encode_ordinary(text):
+        so_far += decode(token)
+        assert text.startswith(so_far)
+    assert so_far == text
+    assert decoder(tokenizer)(tokenizer.eot_token) == "<|endoftext|>"
 
 @pytest.mark.slow
 def test_generation_with_the_cache_is_eight_times_as_fast():

@@ -73,6 +73,33 @@ def test_the_report_is_one_file_with_the_whole_index(cocomix):
     found = [[[i for i, _ in pairs] for _, pairs, _ in passage] for passage in passages]
     assert found == predicted.tolist()
 
+def test_files_of_others_are_kept_until_overwrite(cocomix, tmp_path):
+    shutil.copytree(cocomix[0], tmp_path / "run", ignore=shutil.ignore_patterns("concepts.*"))
+    common = [tmp_path / "run", "--device=cpu", "--tokens=2000"]
+    report, index = tmp_path / "run/concepts.html", tmp_path / "run/concepts.pt"
+    report.write_text("<html>my notes</html>")
+    status, out, err = run(concepts.main, *common)
+    assert status == 1 and "--overwrite" in err and "building" not in out  # before the work
+    assert report.read_text() == "<html>my notes</html>"
+    report.unlink()
+    for other in (b"text", None):
+        if other is None:
+            torch.save(dict(mine=torch.ones(3)), index)
+        else:
+            index.write_bytes(other)
+        before = index.read_bytes()
+        status, out, err = run(concepts.main, *common)
+        assert status == 0 and "--overwrite" in out and index.read_bytes() == before, err
+    assert run(concepts.main, *common, "--overwrite")[0] == 0 and index.read_bytes() != before
+    assert run(concepts.main, *common)[0] == 0  # its own files are replaced
+    assert "building" not in run(concepts.main, *common)[1]
+
+def test_a_key_given_with_its_default_is_a_given_key(cocomix):
+    status, _, err = run(concepts.main, cocomix[0], "--device=cpu", "--attr_k=4")
+    assert status == 1 and "--attr_k is for --write_labels" in err
+    status, out, err = run(concepts.main, cocomix[0], "--device=cpu", "--sae=openai")
+    assert "left out: passages" in out and "openai" in out, (out, err)
+
 def test_no_text_in_the_data_ends_the_reports_script(cocomix, tmp_path):
     *_, index = cocomix
     nasty = '</script><img src="http://x/" onerror="alert(1)">\ud800 \u2028 ]]> <!-- <script>'

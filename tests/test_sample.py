@@ -1,5 +1,6 @@
 """sample.py: generation, steering of the run and of its concept model, inspection."""
 import shutil
+import sys
 
 from support.runtime import UserError
 
@@ -13,7 +14,7 @@ from model import GPT, load_model
 from sae import SAE
 from support.checkpoint import load_checkpoint
 from support.concept_index import describe, find, index_of_run, used
-from support.engine import generate
+from support.engine import concepts_at, generate
 from support.kernels import normalize
 from support.tokens import load_tokenizer
 
@@ -178,7 +179,7 @@ def test_inspect_shows_each_tokens_predicted_concepts_by_name_and_weight(cocomix
 def test_beyond_block_size_concepts_are_read_with_half_a_block_before_them():
     model = tiny_gpt(insert="concept")
     idx = torch.randint(61, (1, 45))
-    top = sample.concepts_at(model, idx)
+    top = concepts_at(model, idx)
     assert top.values.shape == (1, 45, 5)
     for t in (0, 15, 16, 23, 24, 31, 32, 40, 44):
         start = 0 if t < 16 else (t // 8 - 1) * 8
@@ -191,6 +192,48 @@ def test_columns_and_glosses_fit_the_screen():
     assert sample.columns(["one text " * 20], 23) == "one text " * 20
     cells = [["'a'", "1 x"], ["'bb'", "22 yyy"], ["'c'", "3"]]
     assert sample.gloss(cells, 14) == "'a'  'bb'\n1 x  22 yyy\n\n'c'\n3\n"
+
+@pytest.mark.parametrize("text, width", [
+    ("a", 1), ("漢字", 4), ("e\u0301", 1), ("👍", 2), ("가", 2), ("\x1b", 0), ("ｱ", 1), ("", 0)])
+def test_the_width_of_wide_and_combining_characters(text, width):
+    assert sample.width_of(text) == width
+
+@pytest.mark.parametrize("text", ["漢字かな交じり文" * 3, "e\u0301a\u0308" * 20, "👍 ok 👍 " * 6,
+                                  "x" * 60])
+@pytest.mark.parametrize("width", [100, 60, 30, 19])
+def test_columns_are_aligned_whatever_the_width_of_characters(text, width):
+    each = (width - 3) // 2
+    for line in sample.columns([text, "right"], width).splitlines():
+        left, bar, _ = line.partition(" │")
+        assert bar and sample.width_of(left) == each and sample.width_of(line) <= width
+    left = [line.partition(" │")[0] for line in sample.columns([text, ""], width).splitlines()]
+    assert "".join(left).replace(" ", "") == text.replace(" ", "")
+
+@pytest.mark.parametrize("width", [10, 1, 0])
+def test_a_very_narrow_terminal_shows_all_text(width):
+    assert sample.columns(["A\nleft", "B\nright"], width) == "A\nleft\n\nB\nright"
+    cells = [["'漢'", "1 x"], ["'bb'", "22 yyy"]]
+    words = sample.gloss(cells, width).split()
+    assert words == ["'漢'", "1", "x", "'bb'", "22", "yyy"]
+    assert sample.wrap("漢字", 1) == ["漢", "字"] and sample.wrap("", 5) == [""]
+
+def test_a_text_ends_at_end_of_text_and_appears_as_it_comes(cocomix, monkeypatch):
+    folder, model, _, tokenizer = cocomix
+    tokens, end = [104, 195, 169, 105, tokenizer.eot_token, 106], tokenizer.eot_token
+    shown = []  # after each token
+    def stream(gpt, idx, *args, stop=None, **options):
+        for token in tokens:
+            yield torch.tensor([[token]])
+            shown.append(sys.stdout.getvalue())
+            if token == stop:
+                return
+    monkeypatch.setattr(sample, "stream", stream)
+    status, out, err = run(sample.main, folder, "--device=cpu", "--start=a")
+    assert status == 0 and out.endswith("\nahéi\n"), (out, err)
+    assert [text[-3:] for text in shown[:4]] == ["\nah", "\nah", "ahé", "héi"]
+    status, out, err = run(sample.main, folder, "--device=cpu", "--start=a", "--stop=false")
+    assert status == 0 and out.endswith("\nahéi<|endoftext|>j\n"), err
+    assert end not in tokens[:4]
 
 @pytest.mark.cuda
 def test_reading_and_steering_run_on_a_gpu(cocomix, tmp_path):

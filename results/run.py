@@ -183,10 +183,12 @@ def in_parallel(calls, at_once):
 def remove_if_edited(folder, command):
     """Remove a run's folder if another command started it; write this one down next to it."""
     note = folder.with_name(folder.name + ".command")
-    if note.is_file() and note.read_text() != command:
+    if note.is_file() and note.read_text() == command:
+        return
+    if note.is_file():
         shutil.rmtree(folder, ignore_errors=True)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(command)
+    with atomic_write(note) as file:
+        file.write(command.encode())
 
 def train_models(out, folder, models, threads):
     """Train models {name: command} in order and copy their logs into the experiment's folder."""
@@ -252,7 +254,8 @@ def run_after(folder, commands, again):
             raise UserError(f"{name}: `python {command}` ended with status {done.returncode}: "
                             f"{last}; in a new clone the models of finished runs are missing: "
                             "remove their logs to train them again")
-        path.write_text(first + done.stdout)
+        with atomic_write(path) as file:
+            file.write((first + done.stdout).encode())
 
 # --------------------------------------------------------------------------------------------------
 # Tables and pictures

@@ -3,6 +3,7 @@
 FLOPs are the minimum, a multiply-add counted as two: only active concepts, only gradients that are
 needed, causal attention at half the square.
 """
+import math
 import re
 
 import torch
@@ -26,18 +27,26 @@ def num_params(model, active=False):
         total -= (c.n_concepts - c.concept_k) * c.n_embd
     return total
 
+def positions_per_token(c, i):
+    """(queries, keys) of block i. Of the last block only one position per token is read."""
+    keys = 2 if c.interleaved and i >= c.insert_layer else 1
+    return 1 if i == c.n_layer - 1 else keys, keys
+
+def attention_flops(c, start, block_size):
+    """FLOPs per token of q·k and its product with v, causal, in the blocks from start on."""
+    pairs = sum(math.prod(positions_per_token(c, i)) for i in range(start, c.n_layer))
+    return 4 * c.n_embd * pairs * block_size // 2
+
 def flops_per_token(model, backward=True, block_size=None):
     """FLOPs per token of a GPT, with its heads and the kept rows of compress. Interleaved positions
     count as two per token, except for the last block's queries and MLP. backward: add twice the
     forward. block_size: context length (default: the model's)."""
     c, d = model.config, model.config.n_embd
     block_size = block_size or c.block_size
-    flops = 2 * d * c.vocab_size
+    flops = 2 * d * c.vocab_size + attention_flops(c, 0, block_size)
     for i in range(c.n_layer):
-        positions = 2 if c.interleaved and i >= c.insert_layer else 1
-        queries = 1 if i == c.n_layer - 1 else positions
-        flops += 2 * d * d * (2 * positions + 10 * queries)  # k, v; q, projection, MLP
-        flops += queries * 4 * d * positions * block_size // 2
+        queries, keys = positions_per_token(c, i)
+        flops += 2 * d * d * (2 * keys + 10 * queries)  # k, v; q, projection, MLP
     mixes = c.mix != "none"
     if c.insert == "concept":
         flops += 2 * d * (c.n_concepts + mixes * c.concept_k)
@@ -56,7 +65,9 @@ def label_flops_per_token(concept_model, block_size=None):
     upper = flops_per_token(gpt, backward=False, block_size=block_size) - lower
     encoder = 2 * concept_model.sae.encoder.numel() if labels else 0
     if labels and concept_model.select == "attribution":
-        return lower + encoder + 2 * upper  # forward and gradient for the hidden state
+        # the gradient for activations: one product per product, but two per product of attention
+        attention = attention_flops(gpt.config, concept_model.layer + 1, block_size)
+        return lower + encoder + 2 * upper + attention
     return lower + encoder + (upper if concept_model.teaches else 0)
 
 def activation_bytes(model, tokens, start=0, bf16=True, taught=False):

@@ -3,6 +3,7 @@ from support.runtime import UserError
 
 import torch
 
+from support.device import uses_bf16
 from support.kernels import normalize
 
 @torch.no_grad()
@@ -28,7 +29,7 @@ class HiddenStates:
             states = []
             for i in range(number * per_round, (number + 1) * per_round):
                 x = self.batches[i][0].to(self.device)
-                h = hidden_states(self.gpt, x, c.concept_layer, bf16=self.device.type == "cuda")
+                h = hidden_states(self.gpt, x, c.concept_layer, uses_bf16("auto", self.device))
                 states.append(normalize(h)[0].flatten(0, 1).float())
             states = torch.cat(states)
             generator = torch.Generator().manual_seed(c.seed * 1_000_003 + number)

@@ -3,6 +3,9 @@ import pytest
 import torch
 from conftest import CountProducts, tiny_gpt
 from test_reference import VARIANTS
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import train
 from concepts import ConceptModel
@@ -51,11 +54,32 @@ def test_label_flops():
 
     def flops(**choices):
         return label_flops_per_token(ConceptModel(gpt, sae, 1, **choices))
-    assert flops() == flops(teaches=True) == encoder + lower + 2 * (forward - lower)
+    attention = 2 * 24 * 16  # of the one upper block; its backward has twice as many products
+    attributed = encoder + lower + 2 * (forward - lower) + attention
+    assert flops() == flops(teaches=True) == attributed
     assert flops(select="activation") == encoder + lower
     assert flops(select="activation", teaches=True) == encoder + forward
     assert flops(target="hidden") == lower and flops(target="hidden", teaches=True) == forward
     assert flops(target="none", teaches=True) == forward and label_flops_per_token(None) == 0
+
+class PyTorchsCount(TorchDispatchMode):
+    """What FlopCounterMode counts; that class does not work with autograd.grad."""
+    flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+def test_label_flops_are_those_of_the_flop_counter():
+    gpt, T = tiny_gpt(torch.float32, vocab_size=64, n_layer=4).requires_grad_(False), 16
+    concept_model, x = ConceptModel(gpt, SAE(24, 40, 6), 1), torch.randint(64, (1, T))
+    with sdpa_kernel(SDPBackend.MATH), PyTorchsCount() as counter:
+        concept_model.labels(x, x)
+    square = 4 * 24 * T  # of a block's attention; causal is half of it
+    halved = (2 + 2 + 4) * square // 2  # 2 lower blocks, 2 upper ones, their backward
+    assert label_flops_per_token(concept_model) == counter.flops / T - halved
 
 def bytes_kept_for_the_backward(model, rows, bf16):
     """Bytes of the tensors that autograd keeps, weights left out."""
@@ -122,6 +146,7 @@ def test_micro_batches_are_alike_and_follow_memory(monkeypatch):
     def need(rows):
         return step_bytes(model, None, rows * 1024)
     gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     for free, expected in ((need(12) / 0.9 + 1, 12), (need(12) / 0.9 - 1, 6),
                            (need(5) / 0.9 + 1, 4), (0, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 40))

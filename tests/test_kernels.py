@@ -134,6 +134,28 @@ def test_sparse_outer_where_only_the_last_concept_is_kept():
     out = sparse_outer(top, torch.ones(5, 2), 10)
     assert torch.equal(out[:9], torch.zeros(9, 2)) and torch.equal(out[9], torch.full((2,), 5.0))
 
+@pytest.mark.parametrize("longest", [1, 3, 7, 100])
+def test_cut_bags_have_the_same_sums(longest, monkeypatch):
+    top = TopK(normal(20, 4, grad=False), torch.randint(3, (20, 4)) * 7)  # few concepts, long bags
+    x = normal(20, 6, grad=False)
+    plain = sparse_outer(top, x, 30)
+    monkeypatch.setattr(kernels, "longest_bag", lambda device: longest)
+    torch.testing.assert_close(sparse_outer(top, x, 30), plain)
+    assert torch.equal(sparse_outer(top, x, 30), sparse_outer(top, x, 30))
+
+@pytest.mark.parametrize("width, masked", [(5, True), (5, False), (8, True)])
+def test_padded_heads_give_the_same_attention(width, masked, monkeypatch):
+    q, k, v = (normal(2, 3, 6, width) for _ in range(3))
+    dtype = torch.float64 if masked else torch.float32  # the two cases that are padded
+    inputs = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+    mask = torch.ones(6, 6).tril().bool() if masked else None
+    expected = F.scaled_dot_product_attention(*inputs, attn_mask=mask, is_causal=not masked)
+    monkeypatch.setattr(kernels, "pads_heads", lambda device: True)
+    ours = kernels.attention(*inputs, mask, causal=not masked)
+    torch.testing.assert_close(ours, expected)
+    mixture = torch.randn_like(ours)
+    check_gradients((ours * mixture).sum(), (expected * mixture).sum(), inputs)
+
 def test_normalize_equals_the_reference():
     h = normal(2, 5, 24)
     ours, expected = normalize(h), reference.normalize(h)

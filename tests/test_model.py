@@ -9,6 +9,7 @@ from conftest import tiny_gpt
 from test_reference import VARIANTS, tokens
 
 from model import GPT, ModelConfig, load_gpt, load_model
+from support import kernels
 from support.ablations import DISTANCES, INSERTS, MIXES, HiddenMixer
 from support.kernels import normalize
 
@@ -60,6 +61,17 @@ def test_blocks_in_pieces_equal_the_whole_forward():
     positions = torch.arange(12).expand(2, 12)
     assert torch.equal(model.embed(x, positions=positions), model.embed(x))
     assert torch.equal(model.embed(x[:, 5:], past=5), model.embed(x)[:, 5:])
+
+@pytest.mark.parametrize("mix", ["interleave", "interleave_residual"])
+def test_the_last_block_with_and_without_a_mask_is_the_same(mix, monkeypatch):
+    model, (x, y) = tiny_gpt(insert="concept", mix=mix), tokens()
+    found = []
+    for skips in (False, True):
+        monkeypatch.setattr(kernels, "skips_mask", lambda device, skips=skips: skips)
+        loss = model(x, y).loss
+        found.append([loss, *torch.autograd.grad(loss, list(model.h.parameters()))])
+    for masked, whole in zip(*found, strict=True):
+        torch.testing.assert_close(masked, whole)
 
 def test_more_tokens_than_block_size_are_refused():
     with pytest.raises(AssertionError, match="17 tokens are more than block_size=16"):

@@ -3,6 +3,8 @@ import json
 import math
 import shutil
 
+from support.runtime import UserError
+
 import pytest
 import torch
 from conftest import run
@@ -80,6 +82,18 @@ def test_the_table_has_the_geometric_mean_over_concepts(monkeypatch):
     assert steered["raised"] == 0.5 and steered["perplexity"] == pytest.approx(50)
     # of the logs: standard deviation log(4)/√2, over √2
     assert steered["gain_error"] == pytest.approx(2 * math.log(4) / 2)
+
+def test_a_concept_model_with_a_mixer_of_its_own_is_left_out(cocomix, monkeypatch):
+    for name, value in dict(PROMPTS=1, NEW_TOKENS=2, LOSS_TOKENS=32, FACTORS=(1.0, 2.0)).items():
+        monkeypatch.setattr(steering, name, value)
+
+    def refuse(concept_model):
+        raise UserError("it has a mixer")
+    monkeypatch.setattr(concepts, "steerable", refuse)
+    argv = cocomix[0], "--device=cpu", "--steering", "--steered=1"
+    status, out, err = run(evaluation.main, *argv)
+    assert status == 0 and "left out: steering the concept model: it has a mixer" in out, err
+    assert "CoCoMix" in out
 
 @pytest.mark.cuda
 def test_steering_is_measured_on_a_gpu(cocomix, tmp_path, monkeypatch):

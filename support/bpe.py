@@ -2,13 +2,14 @@
 import heapq
 from collections import Counter, defaultdict
 from itertools import pairwise
+from pathlib import Path
 
 from support.runtime import progress
 
 import regex
 
-from support.files import atomic_write
-from support.tokens import SPLIT_PATTERN, tokenizer_file
+from support.files import atomic_write, fingerprint
+from support.tokens import SPLIT_PATTERN, load_tokenizer, tokenizer_file
 
 def train_bpe(texts, vocab_size):
     """The ranks {token: rank} of a vocabulary of vocab_size tokens, including end-of-text.
@@ -60,3 +61,10 @@ def train_bpe(texts, vocab_size):
 def save_bpe(ranks, path):
     with atomic_write(path) as file:
         file.write(tokenizer_file(ranks))
+
+def bpe_tokenizer(texts, vocab_size, folder):
+    """Train a tokenizer and save it in a folder, under a name of its own: (path, tokenizer)."""
+    ranks = train_bpe(texts, vocab_size)
+    path = str(Path(folder) / f"bpe{vocab_size}-{fingerprint(*ranks)[:8]}.tiktoken")
+    save_bpe(ranks, path)
+    return path, load_tokenizer(path)

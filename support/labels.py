@@ -13,6 +13,7 @@ from support.runtime import UserError, progress
 import numpy as np
 
 from support.checkpoint import model_hash
+from support.prepare import locked
 from support.tokens import (
     check_tokenizer,
     dataset_dir,
@@ -103,4 +104,5 @@ def write_all(concept_model, tokenizer, cfg, device):
     """The command concepts.py --write_labels."""
     meta = load_meta(cfg.dataset)
     check_tokenizer(cfg, meta, tokenizer, concept_model.gpt)
-    print(f"labels: {write_labels(concept_model, cfg, meta['vocab_size'], device)}")
+    with locked(dataset_dir(cfg.dataset), "writing files", "dataset"):
+        print(f"labels: {write_labels(concept_model, cfg, meta['vocab_size'], device)}")

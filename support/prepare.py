@@ -2,85 +2,48 @@
 import json
 import os
 import reprlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 
 from support.runtime import UserError, progress
 
 import numpy as np
 
-from support.files import atomic_write, lock_folder
-from support.tokens import load_meta, load_tokens, tokenizer_hash, tokenizer_of_dataset
-
-PIECE = 16_000         # characters encoded as a unit; tiktoken fails on a million spaces
-WRITE_CHARS = 1 << 22  # encoded at a time, so memory use does not grow with the input
-
-def cut(pieces):
-    """(text, whether a document ends there) → the same text in pieces of at most PIECE characters.
-
-    No token crosses a cut, because white space follows it and none precedes it. Only where PIECE
-    characters have no such place, the text is cut anywhere.
-    """
-    rest = ""
-    for text, ends in pieces:
-        text, start = rest + text, 0
-        while len(text) - start > PIECE:
-            window = text[start:start + PIECE]
-            window = window[:max(window.rfind(" "), window.rfind("\n"), 0)].rstrip() or window
-            yield window, False
-            start += len(window)
-        rest = text[start:]
-        if ends:
-            yield rest, True
-            rest = ""
-    if rest:
-        yield rest, False
-
-def encode(tokenizer, pieces):
-    """The token ids of (text, whether a document ends there) pieces, as bytes; on all cores. An
-    end-of-text token in the text itself is ordinary text."""
-    texts, ids = [text for text, _ in pieces], []
-    encoded = tokenizer.encode_ordinary_batch(texts, num_threads=os.cpu_count())
-    for tokens, (_, ends) in zip(encoded, pieces, strict=True):
-        ids += tokens + [tokenizer.eot_token] * ends
-    return np.array(ids, dtype="<u2").tobytes()
-
-def groups(pieces):
-    """Lists of consecutive pieces with about WRITE_CHARS characters each."""
-    group, chars = [], 0
-    for piece in pieces:
-        group.append(piece)
-        chars += len(piece[0])
-        if chars > WRITE_CHARS:
-            yield group
-            group, chars = [], 0
-    yield group
+from support.files import atomic_write, lock_folder, unlock
+from support.tokens import cut, load_meta, load_tokens, tokenizer_hash, tokenizer_of_dataset
 
 def encode_into(file, pieces, tokenizer, bar=None):
-    """Encode a stream of (text, whether a document ends there) into an open file. Returns the
-    number of tokens. bar: advanced by the number of characters."""
+    """Encode a stream of (text, whether a document ends there) into an open file, on all cores.
+    An end-of-text token in the text itself is ordinary text. Returns the number of tokens.
+    bar: advanced by the number of characters."""
     if tokenizer.n_vocab > 1 << 16:
         raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens, over 65536")
-    for group in groups(cut(pieces)):
-        file.write(encode(tokenizer, group))
-        if bar is not None:
-            bar.update(sum(len(text) for text, _ in group))
+    pieces = cut(pieces)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while group := list(islice(pieces, 256)):  # so that memory use does not grow
+            ids, encoded = [], pool.map(tokenizer.encode_ordinary, (text for text, _ in group))
+            for tokens, (_, ends) in zip(encoded, group, strict=True):
+                ids += tokens + [tokenizer.eot_token] * ends
+            file.write(np.array(ids, dtype="<u2").tobytes())
+            if bar is not None:
+                bar.update(sum(len(text) for text, _ in group))
     return file.tell() // 2
 
 def write_tokens(path, pieces, tokenizer):
-    """Encode a stream of (text, whether a document ends there) into a .bin file. Returns the number
-    of tokens."""
+    """encode_into for a file by its path, written completely or not at all."""
     with atomic_write(path) as file:
         return encode_into(file, pieces, tokenizer)
 
 @contextmanager
-def locked(folder):
-    """`with locked(folder)`: create a folder and keep others from preparing data in it."""
-    lock = lock_folder(folder, "preparing data", "out")
+def locked(folder, doing="preparing data", key="out"):
+    """`with locked(folder)`: create a folder and keep other processes from writing data in it."""
+    lock = lock_folder(folder, doing, key)
     try:
         yield
     finally:
-        os.close(lock)
+        unlock(lock)
 
 @contextmanager
 def replacing(folder):
@@ -129,7 +92,8 @@ def already_prepared(folder, wanted, replace=False):
             print(f"{folder}: already prepared")
             return True
     except UserError:  # missing or damaged
-        if found or not any(folder.glob("*.bin")):
+        files = [folder / name for name in ("meta.json", "train.bin", "val.bin")]
+        if found or not any(file.exists() for file in files):
             return False
     if not replace:
         found = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in found.items())

@@ -10,6 +10,7 @@ are slices of the global batch, so a run can resume with a different number of p
 """
 import base64
 import mmap
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
@@ -26,16 +27,16 @@ from support.files import fingerprint, read_json
 ROOT = Path(__file__).resolve().parents[1] / "data"
 END_OF_TEXT = "<|endoftext|>"
 # BPE merges never cross these pieces: a word with its leading space, up to three digits, a run of
-# punctuation, or white space (a newline stays with the indentation that follows it, which saves
-# tokens on code). Pieces have at most 200 characters because merging takes quadratic time.
+# punctuation, or white space. At most 200 characters each, because merging takes quadratic time.
 SPLIT_PATTERN = (r" ?\p{L}{1,200}| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]{1,200}"
                  r"|\s{1,200}(?!\S)|\s{1,200}")
 META = dict(tokenizer=str, tokenizer_hash=str, vocab_size=int, train_tokens=int, val_tokens=int)
+PIECE = 16_000  # characters encoded as a unit
 GPT2 = "7b12e086f7e6c80e"  # fingerprint of GPT-2's first 50256 tokens in the hub's spelling
-TRAIN_ONE = "train one with data/text/prepare.py --tokenizer=bpe:4096"
+TRAIN_ONE = "train one: python data/text/prepare.py --input FILES --tokenizer=bpe:4096"
 
 def load_tokenizer(name, folder=None):
-    """A tiktoken.Encoding, by "gpt2", "stdlib" (data/stdlib/bpe.tiktoken) or a .tiktoken path; its
+    """A tiktoken.Encoding: "gpt2", "stdlib" (data/stdlib/bpe.tiktoken) or a .tiktoken path, whose
     file may have moved along with the dataset in `folder`."""
     if name == "gpt2":
         try:
@@ -60,6 +61,37 @@ def read_tokenizer(name, content):
         raise UserError(f"{name} is not a tokenizer: no lines of base64 token and rank") from e
     return tiktoken.Encoding(Path(name).stem, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks,
                              special_tokens={END_OF_TEXT: len(ranks)})
+
+def cut(pieces):
+    """(text, whether a document ends there) → the same text in pieces of at most PIECE characters.
+
+    No token crosses a cut, because white space follows it and none precedes it. Only where PIECE
+    characters have no such place, the text is cut anywhere.
+    """
+    rest = ""
+    for text, ends in pieces:
+        text, start = rest + text, 0
+        while len(text) - start > PIECE:
+            window = text[start:start + PIECE]
+            window = window[:max(window.rfind(" "), window.rfind("\n"), 0)].rstrip() or window
+            yield window, False
+            start += len(window)
+        rest = text[start:]
+        if ends:
+            yield rest, True
+            rest = ""
+    if rest:
+        yield rest, False
+
+def encode_text(tokenizer, text, special=False):
+    """The tokens of a text. tiktoken takes quadratic time for long words, and its stack overflows
+    on a million spaces. special: END_OF_TEXT in the text is the end-of-text token."""
+    ids = []
+    for i, part in enumerate(text.split(END_OF_TEXT) if special else [text]):
+        ids += [tokenizer.eot_token] * (i > 0)
+        for piece, _ in cut([(part, True)]):
+            ids += tokenizer.encode_ordinary(piece)
+    return ids
 
 def tokenizer_file(ranks):
     """The content of a .tiktoken file: one line per token, base64 and rank."""
@@ -99,9 +131,9 @@ def dataset_dir(dataset):
     if not found:
         script = folders[0] / "prepare.py"
         if script.parent.name == "text" or not script.is_file():
-            script = f"data/text/prepare.py --input FILES --out {folders[0]}"
+            script = f"data/text/prepare.py --input FILES --out {shlex.quote(str(folders[0]))}"
         raise UserError(f"no dataset {str(dataset)!r}: no {folders[0]}/meta.json; run python "
-                        f"{script}")
+                        f"{script}, or say where it is: --dataset=FOLDER")
     if not found[0].samefile(found[-1]):
         raise UserError(f"dataset {dataset!r} can be {found[0]} or ./{dataset}: give one of these "
                         "paths instead")

@@ -139,7 +139,7 @@ def test_wrong_files_end_in_one_line(small, tmp_path, damage, message):
     elif damage == "no text":
         datasets.Dataset.from_dict(dict(words=["a"])).to_parquet(path)
     status, _, err = prepare(tmp_path / "hub", tmp_path / "out")
-    assert status == 1 and message in last_line(err) and not (tmp_path / "out").exists()
+    assert status == 1 and message in last_line(err) and not list((tmp_path / "out").iterdir())
 
 def test_a_file_that_breaks_off_keeps_finished_files(small, tmp_path, monkeypatch):
     import fsspec
@@ -176,6 +176,26 @@ def test_folders_may_have_any_name(small, tmp_path, folder):
     assert prepare(small, tmp_path / "plain", "--num_docs=150")[0] == 0
     for name in ("train.bin", "val.bin"):
         assert written(tmp_path / f"out {folder}")[name] == written(tmp_path / "plain")[name]
+
+def test_another_column_and_folders_of_the_user_are_kept(small, tmp_path):
+    shutil.copytree(small, tmp_path / "hub")
+    import pyarrow.parquet
+    for path in (tmp_path / "hub/data").iterdir():
+        table = pyarrow.parquet.read_table(path).rename_columns(["text", "content"])
+        pyarrow.parquet.write_table(table, path)
+    (tmp_path / "other/parts-2026").mkdir(parents=True)
+    command = [tmp_path / "hub", tmp_path / "other", "--num_docs=150"]
+    status, _, err = prepare(*command, "--field=body")
+    assert status == 1 and "has no column 'body', only text, content" in last_line(err)
+    assert "--field" in last_line(err)
+    assert prepare(*command, "--field=content")[0] == 0
+    assert prepare(small, tmp_path / "plain", "--num_docs=150")[0] == 0
+    for name in ("train.bin", "val.bin"):
+        assert written(tmp_path / "other")[name] == written(tmp_path / "plain")[name]
+    assert (tmp_path / "other/parts-2026").is_dir()
+    assert "already prepared" in prepare(*command, "--field=content")[1]
+    status, _, err = prepare(*command)
+    assert status == 1 and "field='content'" in last_line(err) and "--force" in last_line(err)
 
 def test_two_at_the_same_time_do_not_mix(small, tmp_path):
     with locked(tmp_path):

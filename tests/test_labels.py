@@ -10,6 +10,7 @@ import concepts
 import train
 from support.labels import open_labels, write_labels
 from support.log import read_log
+from support.prepare import locked
 from support.tokens import load_tokens
 
 CPU = torch.device("cpu")
@@ -82,6 +83,12 @@ def test_stored_labels_are_those_of_every_unshifted_block_and_writing_resumes(
     write_labels(concept_model, keys, 257, CPU)
     assert len(calls) == 4  # 3 calls with up to 8192 tokens, the second one twice
     assert path.read_bytes() == content and not part.exists()
+
+def test_two_at_the_same_time_do_not_mix(chain, own_dataset):
+    with locked(own_dataset):
+        status, _, err = run(concepts.main, "--write_labels", *arguments(chain, own_dataset))
+    assert status == 1 and f"another process is writing files in {own_dataset}" in err
+    assert not list(own_dataset.glob("labels_*"))
 
 def test_labels_of_something_else_are_refused(chain, own_dataset, tmp_path):
     write = [concepts.main, "--write_labels", *arguments(chain, own_dataset)]

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import gzip
 import importlib.util
+import io
 import json
 import lzma
 import random
@@ -22,8 +23,16 @@ import regex
 from conftest import run
 
 from support.bpe import train_bpe
-from support.prepare import PIECE, cut, locked, write_tokens
-from support.tokens import ROOT, SPLIT_PATTERN, load_meta, load_tokenizer, load_tokens
+from support.prepare import locked, write_tokens
+from support.tokens import (
+    PIECE,
+    ROOT,
+    SPLIT_PATTERN,
+    cut,
+    load_meta,
+    load_tokenizer,
+    load_tokens,
+)
 
 END = "<|endoftext|>"
 
@@ -88,13 +97,29 @@ def test_stdlib_holds_out_whole_modules_and_a_second_call_does_nothing(tmp_path)
 
 @pytest.mark.parametrize("name, content", [
     ("train.bin", b"12"), pytest.param("meta.json", b"{", marks=pytest.mark.slow)])
-def test_a_damaged_stdlib_dataset_is_prepared_again(tmp_path, name, content):
+def test_a_damaged_stdlib_dataset_is_prepared_again(tmp_path, monkeypatch, name, content):
     prepare = script("stdlib")
+    monkeypatch.setattr(prepare, "HERE", tmp_path.resolve())
     assert run(prepare.main, f"--out={tmp_path}")[0] == 0
     (tmp_path / name).write_bytes(content)
     status, out, err = run(prepare.main, f"--out={tmp_path}")
     assert status == 0 and "already prepared" not in out, err
     assert len(load_tokens(tmp_path, "train")) > 1_500_000
+
+def test_train_bpe_writes_a_file_of_its_own(tmp_path, monkeypatch):
+    prepare, before = script("stdlib"), (ROOT / "stdlib/bpe.tiktoken").read_bytes()
+    splits = dict(train=[("some text " * 99, True)], val=[("other text", True)])
+    monkeypatch.setattr(prepare, "read_library", lambda: (splits, "hash"))
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "write_dataset", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(prepare.main, f"--out={tmp_path}", "--train_bpe=300")
+    status, _, err = run(prepare.main, f"--out={tmp_path}", "--train_bpe=300")
+    assert status == 0 and load_meta(tmp_path)["vocab_size"] < 300, err
+    assert decoded(tmp_path, "val") == "other text" + END
+    assert (ROOT / "stdlib/bpe.tiktoken").read_bytes() == before
+    status, _, err = run(prepare.main, f"--out={tmp_path}")
+    assert status == 1 and "--force" in err and load_meta(tmp_path)["vocab_size"] < 300
 
 # -- data/text -------------------------------------------------------------------------------------
 
@@ -124,6 +149,88 @@ def test_text_files_of_every_kind(tmp_path, suffix, opener):
     assert decoded(tmp_path / "d", "train") == one + whole
     assert decoded(tmp_path / "d", "val") == whole
     assert load_meta(tmp_path / "d")["vocab_size"] <= 400
+
+FIRST, SECOND = TEXTS[:2]
+
+@pytest.mark.parametrize("name", ["A.JSONL", "a.jsonl.GZ", "a.Jsonl.zst", "a.txt.ZST", "a.MD.XZ"])
+def test_suffixes_in_any_case_and_zst(tmp_path, name):
+    opener = dict(gz=gzip.open, xz=lzma.open, zst=open_zst).get(name.lower().split(".")[-1], open)
+    line = json.dumps(dict(text=FIRST)) if "jsonl" in name.lower() else FIRST
+    with opener(tmp_path / name, "wt") as file:
+        file.write(line)
+    (tmp_path / "v.TXT").write_text(SECOND)
+    command = [f"--input={{}}/{name}", "--val={}/v.TXT", "--tokenizer=stdlib"]
+    status, _, err = prepare_text(tmp_path, *command)
+    assert status == 0, err
+    assert decoded(tmp_path / "d", "train") == FIRST + END
+    assert decoded(tmp_path / "d", "val") == SECOND + END
+
+def open_zst(path, mode):
+    pyarrow = pytest.importorskip("pyarrow")
+    return io.TextIOWrapper(pyarrow.output_stream(open(path, "wb"), compression="zstd"))
+
+def test_zst_in_several_frames_cut_short_and_without_the_package(tmp_path, monkeypatch):
+    with open_zst(tmp_path / "a.txt.zst", "wt") as file:
+        file.write(prose(200_000))
+    frame = (tmp_path / "a.txt.zst").read_bytes()
+    (tmp_path / "two.txt.zst").write_bytes(frame * 2)
+    prepare = script("text")
+    assert "".join(t for t, _ in prepare.pieces(tmp_path / "two.txt.zst")) == 2 * prose(200_000)
+
+    def error(content):
+        (tmp_path / "a.txt.zst").write_bytes(content)
+        command = ["--input={}/a.txt.zst", "--val={}/two.txt.zst", "--tokenizer=stdlib"]
+        status, _, err = prepare_text(tmp_path, *command)
+        assert status == 1
+        return err.strip().splitlines()[-1]
+
+    assert "a.txt.zst is damaged or cut short" in error(frame[:-5])
+    assert "a.txt.zst is damaged or cut short" in error(b"plain text")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "a.txt.zst: .zst needs pyarrow; run pip install pyarrow" in error(frame)
+
+def test_a_folder_and_files_of_several_kinds(tmp_path):
+    folder = tmp_path / "texts [1]"
+    (folder / "b/.hidden").mkdir(parents=True)
+    for name in ("b/2.md", "b/10.txt", "c.jsonl", "a.txt"):
+        text = name if not name.endswith("jsonl") else json.dumps(dict(text=name, id=1))
+        (folder / name).write_text(text)
+    for name in ("b/picture.png", "b/._2.md", "b/.hidden/x.txt"):
+        (folder / name).write_bytes(b"\xff\xfe")
+    (tmp_path / "last.TXT").write_text("last")
+    command = ["--input", "{}/texts [1]", "{}/texts [1]/a.txt", "{}/last.TXT",
+               "--val={}/last.TXT", "--tokenizer=stdlib"]
+    status, _, err = prepare_text(tmp_path, *command)
+    assert status == 1 and "last.TXT is both input and val" in err
+    (tmp_path / "v.txt").write_text("held out")
+    command[-2] = "--val={}/v.txt"
+    status, _, err = prepare_text(tmp_path, *command)
+    assert status == 0, err
+    names = ["a.txt", "b/10.txt", "b/2.md", "c.jsonl", "last"]
+    assert decoded(tmp_path / "d", "train") == "".join(name + END for name in names)
+    status, out, _ = prepare_text(tmp_path, *command)
+    assert status == 0 and "already prepared" in out
+    (tmp_path / "empty").mkdir()
+    for wrong in ("empty", "texts [1]/b/picture.png"):
+        status, _, err = prepare_text(tmp_path, f"--input={{}}/{wrong}")
+        assert status == 1 and f"{wrong}: expected .txt, .md or .jsonl" in err
+
+def test_the_text_can_be_in_another_field(tmp_path):
+    lines = [dict(text="no", content=f"document {i}.") for i in range(40)]
+    lines[3] = dict(meta=dict(content="no", a=[1, {}]), content=prose(200_000))
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "v.txt").write_text("held out")
+    command = ["--input={}/a.jsonl", "--val={}/v.txt", "--tokenizer=stdlib"]
+    status, _, err = prepare_text(tmp_path, *command, "--field=content")
+    assert status == 0, err
+    expected = "".join(line["content"] + END for line in lines)
+    assert decoded(tmp_path / "d", "train") == expected
+    assert "already prepared" in prepare_text(tmp_path, *command, "--field=content")[1]
+    status, _, err = prepare_text(tmp_path, *command)
+    assert status == 1 and "other files or keys" in err
+    status, _, err = prepare_text(tmp_path, *command, "--field=body", "--force")
+    last = err.strip().splitlines()[-1]
+    assert status == 1 and "a.jsonl, line 1: " in last and "'body'" in last and "--field" in last
 
 def test_a_long_text_is_cut_only_between_tokens(tmp_path):
     text = Path(argparse.__file__).read_text()
@@ -245,21 +352,23 @@ def test_a_damaged_long_line_is_named(tmp_path, line, end):
     status, _, err = prepare_text(tmp_path, "--input={}/a.jsonl", "--val={}/v.txt",
                                   "--tokenizer=stdlib")
     last = err.strip().splitlines()[-1]
-    assert status == 1 and "a.jsonl, line 3: expected JSON with a text" in last and len(last) < 300
+    assert status == 1 and "a.jsonl, line 3: " in last and len(last) < 300
     assert not list((tmp_path / "d").iterdir())
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+@pytest.mark.parametrize("kind, before", [("txt", {}), ("jsonl", {}), (
+    "jsonl", {"meta": {"a": [1, {"text": 'no "'}], "b": "\\é"}, "tags": [[]], 'q"': None})])
 @pytest.mark.parametrize("word", ["word ", "ACGT", "\n"])
-def test_memory_use_does_not_grow_with_one_long_document(tmp_path, kind, word):
+def test_memory_use_does_not_grow_with_one_long_document(tmp_path, kind, before, word):
     text, prepare = word * (12_000_000 // len(word)), script("text")
-    (tmp_path / f"a.{kind}").write_text(text if kind == "txt" else json.dumps(dict(text=text)))
+    content = text if kind == "txt" else json.dumps(before | dict(text=text))
+    (tmp_path / f"a.{kind}").write_text(content)
     total = len(text)
-    del text
+    del text, content
     tracemalloc.start()
     found = sum(len(piece) for piece, _ in prepare.pieces(tmp_path / f"a.{kind}"))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert found == total and peak < 6 << 20
+    assert found == total and peak < 8 << 20
 
 # -- existing datasets -----------------------------------------------------------------------------
 
@@ -279,7 +388,8 @@ def content(folder):
                                      "Ctrl-C", "another process"])
 def test_an_error_on_the_way_keeps_the_old_dataset(mine, monkeypatch, problem):
     import support.prepare
-    before, source, encode, calls = content(mine / "d"), "other.jsonl", support.prepare.encode, []
+    before, source, encode = content(mine / "d"), "other.jsonl", support.prepare.encode_into
+    calls = []
 
     def fail(*args):
         calls.append(args)
@@ -293,7 +403,7 @@ def test_an_error_on_the_way_keeps_the_old_dataset(mine, monkeypatch, problem):
         lines = lines[:10] if problem == "too short" else [*lines, "{"]
         (mine / source).write_text("\n".join(lines))
     elif problem in ("full disk", "Ctrl-C"):
-        monkeypatch.setattr(support.prepare, "encode", fail)
+        monkeypatch.setattr(support.prepare, "encode_into", fail)
     tokenizer = "nowhere" if problem == "no tokenizer" else "stdlib"
     command = ["--input={}/" + source, f"--tokenizer={tokenizer}", "--force"]
     with locked(mine / "d") if problem == "another process" else contextlib.nullcontext():
@@ -324,6 +434,17 @@ def test_force_replaces_any_dataset(mine, damage):
     assert status == 0 and content(mine / "d") == whole, err
     status, _, err = prepare_text(mine, "--input={}/other.jsonl", "--tokenizer=stdlib", "--force")
     assert status == 0 and decoded(mine / "d", "val").startswith("other 19"), err
+
+@pytest.mark.parametrize("name", ["meta.json", "train.bin", "val.bin"])
+def test_files_of_something_else_are_kept(tmp_path, name):
+    hundred_documents(tmp_path / "a.jsonl")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / name).write_bytes(b"mine")
+    for command in ([script("text").main, f"--input={tmp_path / 'a.jsonl'}"],
+                    [script("stdlib").main], [script("openwebtext").main]):
+        status, _, err = run(*command, f"--out={tmp_path / 'd'}")
+        assert status == 1 and "--force" in err, err
+        assert content(tmp_path / "d") == {name: b"mine"}
 
 def test_a_second_call_on_the_same_text_does_nothing_and_on_other_text_refuses(tmp_path):
     hundred_documents(tmp_path / "a.jsonl")

@@ -1,4 +1,5 @@
 """Tokenizers, reading token files, and batches."""
+import argparse
 import json
 import os
 import time
@@ -9,13 +10,16 @@ from support.runtime import UserError
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 
 import support.tokens
 from support.tokens import (
+    END_OF_TEXT,
     ROOT,
     Batches,
     dataset_dir,
+    encode_text,
     load_tokenizer,
     load_tokens,
     sequential,
@@ -178,3 +182,21 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content):
         load_tokenizer(str(tmp_path / "x.tiktoken"))
     with pytest.raises(UserError, match="no tokenizer"):
         load_tokenizer("nowhere")
+
+@pytest.mark.parametrize("text", [
+    "", " ", "a", f"{END_OF_TEXT}", f"a{END_OF_TEXT}{END_OF_TEXT} b ", f" {END_OF_TEXT}\n\n",
+    Path(argparse.__file__).read_text(), "größer ✓ 😀 \ud83d\n" * 9_000])
+def test_encode_text_gives_tiktokens_tokens(text):
+    tokenizer = load_tokenizer("stdlib")
+    assert encode_text(tokenizer, text) == tokenizer.encode_ordinary(text)
+    assert encode_text(tokenizer, text, special=True) == tokenizer.encode(
+        text, allowed_special="all")
+
+@pytest.mark.parametrize("text", [" " * 1_000_000 + "x", "\n" * 200_000, "x" * 200_000])
+def test_long_runs_are_encoded_in_pieces(text):
+    """tiktoken's stack overflows on a million spaces with GPT-2's pattern."""
+    ranks = {bytes([b]): b for b in range(256)}
+    pattern = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    tokenizer = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks,
+                                  special_tokens={END_OF_TEXT: 256})
+    assert tokenizer.decode(encode_text(tokenizer, text)) == text

@@ -4,19 +4,14 @@
     python bench.py config/ntp_69m.py config/cocomix_69m.py --disk --official --batch_size=2
     python bench.py --count config/*_69m.py config/*_1b.py              # parameters and FLOPs only
 
-Steps of all rows alternate, so a slow minute of the machine slows them alike. Figures are medians
-over the rounds, ratios medians of each round's ratio. FLOPs are counted at their minimum
-(support/accounting.py), so FLOP/s and MFU fall with every product that is not needed. GPT-2 and its
-SAE are not fetched: random weights of the same shapes take the same time.
-
---disk adds, for each CoCoMix config, a row with labels from disk; --official, one with the official
-code's recipe (support/reference.py): float32, everything dense, four separate cross-entropies,
-concept model and SAE not frozen. On a CPU it has its own process, where glibc frees memory as usual
-(support.device.keep_freed_memory). --count takes hours from results/bench-h200.jsonl (--write).
+Steps of all rows alternate, so a slow minute slows them alike. Figures are medians over the rounds,
+ratios medians of each round's ratio. FLOPs are counted at their minimum (support/accounting.py), so
+FLOP/s and MFU fall with every product that is not needed. GPT-2 and its SAE are not fetched: random
+weights of the same shapes take the same time. --official is the official code's recipe
+(support/reference.py): float32, everything dense, four separate cross-entropies, concept model and
+SAE not frozen. --count takes hours from results/bench-h200.jsonl (--write).
 """
-import json
 import platform
-import resource
 import signal
 import statistics
 import sys
@@ -28,6 +23,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 from support.runtime import UserError, run
 
 import torch
@@ -35,16 +35,16 @@ from torch.profiler import profile
 from torch.utils.benchmark import timer
 
 import train
-from concepts import ConceptModel, load_concept_model
+from concepts import ConceptModel
 from model import GPT, ModelConfig
 from sae import SAE
 from support import accounting, reference
 from support.cli import key, parse
+from support.curves import append_rows, cells, markdown
 from support.device import compile_model, keep_freed_memory, pick_device, should_compile, uses_bf16
 from support.distributed import Ranks
-from support.files import atomic_write
 from support.log import read_log
-from support.tokens import check_tokenizer, load_meta
+from support.tokens import load_meta
 
 MEASURED = Path(__file__).resolve().parent / "results" / "bench-h200.jsonl"
 OFFICIAL = dict(mix="interleave", select="attribution", labels="fly", concept_lr_scale=1.0,
@@ -61,35 +61,33 @@ class Config(train.Config):
     memory: bool = key(True, "measure peak memory (on a CPU: in one process per row)")
     write: str | None = key(None, "append the rows to this .jsonl file")
 
-def concept_model_of(cfg, device):
-    """The run's concept model, or None. For gpt2: random weights of its and its SAE's shapes."""
-    target, taught = train.inserts(cfg), train.is_taught(cfg)
-    if target in ("none", "pause") and not taught:
-        return None
-    compiled = should_compile(cfg, device)
-    if cfg.concept_model != "gpt2":
-        real = torch.device("cpu") if device.type == "meta" else device
-        concept_model, tokenizer = load_concept_model(cfg, real, target, taught, compiled)
-        check_tokenizer(cfg, load_meta(cfg.dataset), tokenizer, concept_model.gpt)
-        return concept_model
+def gpt2_and_sae(cfg, device):
+    """A ConceptModel of GPT-2's and its SAE's shapes, with random weights."""
+    target = train.inserts(cfg)
     with device:
         gpt = GPT(ModelConfig()).eval().requires_grad_(False)
         sae = SAE(768, 32768, 32).requires_grad_(False) if target == "concept" else None
     return ConceptModel(gpt, sae, cfg.concept_layer, cfg.attr_k, cfg.select, cfg.attribution,
-                        cfg.attribution_sign, target, taught, uses_bf16(cfg.dtype, device),
-                        compiled)
+                        cfg.attribution_sign, target, train.is_taught(cfg),
+                        uses_bf16(cfg.dtype, device), should_compile(cfg, device))
 
 def make_models(cfg, device):
     """A run's (GPT, ConceptModel or None), random weights; on the meta device, shapes only."""
-    run, concept_model = SimpleNamespace(content=None, device=device), concept_model_of(cfg, device)
     try:
-        run.vocab_size = load_meta(cfg.dataset)["vocab_size"]
+        meta = load_meta(cfg.dataset)
     except UserError:
         if cfg.dataset not in ("openwebtext", "openwebmath"):  # a benchmark does not need the data
             raise
-        run.vocab_size = 50257
-    if concept_model is not None:
-        run.vocab_size = concept_model.gpt.config.vocab_size
+        meta = dict(tokenizer="gpt2", tokenizer_hash="gpt2", vocab_size=50257)
+    cfg = replace(cfg, init_from=None)  # any weights take the same time
+    real = torch.device("cpu") if device.type == "meta" else device
+    run = SimpleNamespace(content=None, meta=meta, ranks=Ranks(), device=real)
+    if cfg.concept_model == "gpt2" and (train.predicts(cfg) or train.is_taught(cfg)):
+        concept_model = gpt2_and_sae(cfg, device)
+    else:
+        concept_model, _ = train.open_concept_model(replace(cfg, labels="fly"), run)
+    run.device = device
+    run.vocab_size = concept_model.gpt.config.vocab_size if concept_model else meta["vocab_size"]
     with device:
         return train.build_model(cfg, run, concept_model), concept_model
 
@@ -126,8 +124,8 @@ class Row:
         self.model, concept_model = make_models(cfg, device)
         B, c, self.labels = cfg.batch_size, self.model.config, None
         self.micro = n = accounting.micro_batch(cfg, B, self.model, concept_model, device)
-        self.micro_batches = [slice(i, i + n) for i in range(0, B, n)]
         self.x, self.y = torch.randint(c.vocab_size, (2, B, cfg.block_size), device=device)
+        self.micro_batches = list(zip(self.x.split(n), self.y.split(n), strict=True))
         if c.n_concepts and cfg.labels == "disk":
             self.labels = torch.randint(c.n_concepts, (*self.x.shape, cfg.attr_k), device=device)
         self.concept_model = train.asked(cfg, concept_model)
@@ -142,12 +140,13 @@ class Row:
         self.concept_flops = accounting.label_flops_per_token(self.concept_model, cfg.block_size)
         self.flops = self.concept_flops + accounting.flops_per_token(self.model)  # per token
         self.step(), self.step()  # compile, allocate the optimizer's state
-        peak = self.peak(others) if cfg.memory and device.type != "mps" else None
+        known = device.type == "cuda" or device.type == "cpu" and resource
         self.facts = dict(
             row=f"{name}, {kind}" if kind else name, method=cfg.method, kind=kind,
             dtype="bfloat16" if bf16 else "float32", compiled=compiled, micro_batch_size=n,
             batch_size=cfg.batch_size, block_size=cfg.block_size, flops_per_token=self.flops,
-            params=accounting.num_params(self.model), peak_gib=peak and peak / 2**30,
+            params=accounting.num_params(self.model),
+            peak_gib=self.peak(others) if cfg.memory and known else None,
             active_params=accounting.num_params(self.model, active=True),
             concept_flops_share=self.concept_flops / self.flops if self.asks else None)
 
@@ -160,16 +159,15 @@ class Row:
 
     def official_backward(self):
         cm = self.concept_model
-        for rows in self.micro_batches:
+        for x, y in self.micro_batches:
             total, *_, self.held = reference.step_losses(  # its graph is held, as there
-                self.model, cm.gpt, cm.sae, cm.layer, self.x[rows], self.y[rows], cm.attr_k,
-                self.cfg.concept_weight)
+                self.model, cm.gpt, cm.sae, cm.layer, x, y, cm.attr_k, self.cfg.concept_weight)
             (total * (self.micro / len(self.x))).backward()
 
     def ask(self):
         """What a step asks of the concept model, alone."""
-        for rows in self.micro_batches:
-            self.concept_model.targets(self.x[rows], self.y[rows])
+        for micro_batch in self.micro_batches:
+            self.concept_model.concept_targets(*micro_batch)
 
     def turn(self, steps):
         """(tokens per second, the concept model's share of the time or None), over some steps."""
@@ -179,15 +177,15 @@ class Row:
         return self.x.numel() / seconds, share
 
     def peak(self, others):
-        """Peak bytes of a step: on a GPU above the `others` in use; on a CPU those resident in this
+        """Peak GiB of a step: on a GPU above the `others` in use; on a CPU those resident in this
         process, libraries included."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-            self.step()
-            return torch.cuda.max_memory_allocated(self.device) - others
         self.step()
+        if self.device.type == "cuda":
+            return (torch.cuda.max_memory_allocated(self.device) - others) / 2**30
         unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
     def profile(self):
         """The 15 operations (on a GPU: kernels) in which a step spends most time, one per line."""
@@ -206,30 +204,31 @@ class RowAlone:
         self.name, self.cfg, self.kind, self.turns = name, cfg, kind, []
         self.pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=signal.signal,
                                         initargs=(signal.SIGINT, signal.SIG_DFL))
-        self.facts = self.call(open_alone, name, cfg, kind)
+        self.facts = self.call("open", name, cfg, kind)
 
-    def call(self, f, *arguments):
+    def call(self, method, *arguments):
         try:
-            return self.pool.submit(f, *arguments).result()
+            return self.pool.submit(call_alone, method, *arguments).result()
         except BrokenProcessPool as e:
-            raise UserError(f"the process of {self.name} was killed: out of memory?") from e
+            raise UserError(f"the process of {self.name} was killed, perhaps for lack of memory: a "
+                            "smaller --batch_size needs less") from e
 
     def turn(self, steps):
-        return self.call(call_alone, "turn", steps)
+        return self.call("turn", steps)
 
     def profile(self):
-        return self.call(call_alone, "profile")
+        return self.call("profile")
 
-def open_alone(name, cfg, kind):
-    """In the process of a RowAlone: open its Row → the row's facts."""
+def call_alone(method, *arguments):
+    """In the process of a RowAlone: "open" its Row → its facts, or call a method of the Row."""
     global row_alone
+    if method != "open":
+        return getattr(row_alone, method)(*arguments)
+    name, cfg, kind = arguments
     if kind != "official":  # the official code leaves memory to glibc
         keep_freed_memory()
     row_alone = Row(name, cfg, torch.device("cpu"), kind)
     return row_alone.facts
-
-def call_alone(method, *arguments):
-    return getattr(row_alone, method)(*arguments)
 
 COLUMNS = (("row", "row", "{}"), ("tokens_per_s", "tokens/s", "{:,.0f}"),
            ("speed_ratio", "÷ first row", "{:.2f}"), ("flops_per_token", "FLOP/token", "{:.2e}"),
@@ -245,10 +244,7 @@ COUNTED = (("row", "config", "{}"), ("shape", "blocks × width", "{}"),
 
 def table(found, columns=COLUMNS):
     """Dicts as a Markdown table; – for a missing value."""
-    lines = [[title for _, title, _ in columns], ["---"] + ["---:"] * (len(columns) - 1)]
-    for row in found:
-        lines.append(["–" if row.get(n) is None else f.format(row[n]) for n, _, f in columns])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return markdown([title for _, title, _ in columns], [cells(row, columns) for row in found])
 
 def read_rows(argv):
     """(the last file's Config, [(name, Config, kind)] of the rows to measure) of a command line."""
@@ -261,16 +257,17 @@ def read_rows(argv):
     for file in files:
         (cfg, _), name = parse(Config, [file, *keys], __doc__, most=0), Path(file).stem
         wanted.append((name, cfg, ""))
-        cocomix = train.inserts(cfg) == "concept"
-        if cocomix and cfg.disk and cfg.labels != "disk":
+        if train.inserts(cfg) != "concept":
+            continue
+        if cfg.disk and cfg.labels != "disk":
             wanted.append((name, replace(cfg, labels="disk"), "labels from disk"))
-        if cocomix and cfg.official and not train.is_taught(cfg):
-            if cfg.concept_weight == 0:
-                raise UserError("--official needs a concept model: concept_weight=0 leaves it out")
+        if cfg.official and not train.is_taught(cfg):
+            assert cfg.concept_weight, (
+                "--official needs a concept model: concept_weight=0 leaves it out")
             wanted.append((name, replace(cfg, **OFFICIAL), "official"))
-    if (cfg.disk or cfg.official) and not any(kind for *_, kind in wanted):
-        raise UserError("--disk and --official add rows for CoCoMix configs (--official: without a "
-                        "teacher); there is none among these configs")
+    assert any(kind for *_, kind in wanted) or not (cfg.disk or cfg.official), (
+        "--disk and --official add rows for CoCoMix configs (--official: without a teacher); there "
+        "is none among these configs")
     return cfg, wanted
 
 def result_of(row, first, machine, gpu_peak):
@@ -285,20 +282,12 @@ def result_of(row, first, machine, gpu_peak):
         mfu=speed * flops / gpu_peak if gpu_peak else None,
         concept_share=None if None in shares else statistics.median(shares))
 
-def append_results(path, results):
-    before = Path(path).read_bytes() if Path(path).is_file() else b""
-    with atomic_write(path) as file:
-        file.write(before)
-        for result in results:
-            line = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in result.items()}
-            file.write(json.dumps(line).encode() + b"\n")
-
 def main(argv):
     cfg, wanted = read_rows(argv)
     if cfg.count:
         return print(table([count(name, c) for name, c, kind in wanted if not kind], COUNTED))
     if cfg.write:
-        append_results(cfg.write, [])  # if it fails, then now
+        append_rows(cfg.write)  # if it fails, then now
     device = pick_device(cfg.device)
     machine = (torch.cuda.get_device_name(device) if device.type == "cuda" else
                f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads")
@@ -313,7 +302,7 @@ def main(argv):
         if cfg.profile and row.kind != "official":
             print(f"\n{row.facts['row']}\n{row.profile()}")
     if cfg.write:
-        append_results(cfg.write, results)
+        append_rows(cfg.write, *results)
 
 if __name__ == "__main__":
     run(main)

@@ -15,10 +15,9 @@ lm-evaluation-harness 0.4. Evaluations are appended to the run's eval.jsonl, fro
 draws the paper's Figures 2 and 7 to 9. What can't be computed, because a run's dataset or concept
 model is missing or has changed, is named and left out.
 """
-import functools
-import json
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 
 from support.runtime import UserError, progress, run  # before torch
@@ -31,6 +30,7 @@ from support import curves
 from support.checkpoint import RUN, find_checkpoint, load_checkpoint, relocate
 from support.cli import key, parse
 from support.concept_index import index_of_run
+from support.curves import append_rows
 from support.device import pick_device
 from support.log import read_log
 from support.steering import STEERING, plot_steering, steering, steering_summary
@@ -58,6 +58,7 @@ class Config:
     steering: bool = key(False, "steer: how often typical next tokens appear, and the perplexity")
     steered: int = key(32, "concepts to steer, those that the run predicts most", low=1)
     write: str | None = key(None, "append the rows to this .jsonl file")
+    overwrite: bool = key(False, "--plot: replace a file that this command did not draw")
     device: str = key("auto", "cpu, cuda or mps; auto: the fastest available")
 
 @torch.no_grad()
@@ -65,11 +66,10 @@ def evaluate(content, model, device, tokens=None, batch_size=16, other=False):
     """The validation part of a row; label_concepts: how many different concepts are labels. other:
     see tokens_of_run."""
     val, c = tokens_of_run(content, "val", other)[:tokens and tokens + 1], model.config
-    concept_model = None
+    concept_model = labels = None
     with left_out("concept loss and hit rate"):
         concept_model = concepts.concept_model_of_run(content, device, dtype="float32")
-    count, labels = len(val) - 1, None
-    loss = concept_loss = hits = labelled = 0
+    count, loss, concept_loss, hits, labelled = len(val) - 1, 0, 0, 0, 0
     with progress(count, "evaluate", "tok", unit_scale=True, leave=False) as bar:
         for x, y in sequential(val, c.block_size, batch_size, c.vocab_size):
             x, y = x.to(device), y.to(device)
@@ -77,17 +77,17 @@ def evaluate(content, model, device, tokens=None, batch_size=16, other=False):
                 labels = concept_model.labels(x, y)
             out = model(x, y, labels)
             loss += out.loss.item() * y.numel()
-            if concept_model is not None:
+            if labels is not None:
                 concept_loss += out.concept_loss.item() * y.numel()
-            if concept_model is not None and out.concepts is not None:
+            if labels is not None and out.concepts is not None:
                 hit = (labels[..., :, None] == out.concepts.indices[..., None, :]).any(-1)
                 hits += hit.float().mean(-1).sum().item()
                 labelled += torch.bincount(labels.flatten(), minlength=c.n_concepts)
             bar.update(y.numel())
     row = dict(loss=loss / count, perplexity=curves.perplexity(loss / count), val_tokens=count)
-    if concept_model is not None:
+    if labels is not None:
         row["concept_loss"] = concept_loss / count
-    if concept_model is not None and c.insert == "concept":
+    if labels is not None and c.insert == "concept":
         fixed = labelled.topk(c.concept_k).values.sum() / labelled.sum()
         row |= dict(label_concepts=labelled.count_nonzero().item(), hit_rate=hits / count,
                     fixed_hit_rate=fixed.item())
@@ -97,7 +97,8 @@ def evaluate(content, model, device, tokens=None, batch_size=16, other=False):
 def official_perplexity(content, model, device, tokens=None, batch_size=16, other=False):
     """As the official code computes it: block_size - 1 targets per block, the remainder dropped."""
     size, val = model.config.block_size, tokens_of_run(content, "val", other)[:tokens]
-    assert len(val) >= size, f"official: val has {len(val)} tokens, less than one block of {size}"
+    assert len(val) >= size, (f"official: {len(val)} val tokens are less than one block of {size}; "
+                              "evaluate on more --tokens")
     blocks = torch.from_numpy(val[:len(val) // size * size].astype("int64")).view(-1, size)
     loss = 0.0
     for rows in blocks.to(device).split(batch_size):
@@ -144,22 +145,12 @@ def left_out(what, anything_else=True):
             raise
         print(f"left out: {what}: {e}")
 
-def append(path, *rows):
-    """Add rows to a .jsonl file."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        for row in rows:
-            row = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
-            file.write(json.dumps(row) + "\n")
-
 def main_evaluate(cfg, runs, device):
     runs = runs or ([None] if cfg.model is None else [])  # None: the newest
-    rows, logs = [], {}
-    tasks = functools.cache(functools.partial(choose_tasks, cfg.tasks, cfg.eval_data, cfg.limit))
-    named = curves.named(list(map(find_checkpoint, runs)))
-    for name, path in named:
-        if path.with_name("log.jsonl").is_file():
-            logs[name] = read_log(path.with_name("log.jsonl"))
+    rows, tasks = [], cache(partial(choose_tasks, cfg.tasks, cfg.eval_data, cfg.limit))
+    named = curves.named([find_checkpoint(run) for run in runs])
+    logs = {name: read_log(path.with_name("log.jsonl")) for name, path in named
+            if path.with_name("log.jsonl").is_file()}
     assert logs or not cfg.plot, "nothing to draw: no log.jsonl next to these checkpoints"
     for name, path in named:
         kept = [path]
@@ -174,11 +165,12 @@ def main_evaluate(cfg, runs, device):
             rows.append(evaluate_checkpoint(name, content, load_model(content, device),
                                             tasks(content["tokenizer_hash"]), device, cfg, so_far))
             about = dict(limit=cfg.limit, batch_size=cfg.batch_size, evaluated_on=str(device))
-            with left_out("a line in eval.jsonl"):
-                append(Path(cfg.out_dir or path.parent) / "eval.jsonl", rows[-1] | about)
+            with left_out("a line in eval.jsonl (--out_dir=FOLDER writes it elsewhere)"):
+                append_rows(Path(cfg.out_dir or path.parent) / "eval.jsonl", rows[-1] | about)
     if cfg.model:
         model, tokenizer = load_gpt(cfg.model, device)
-        assert tokenizer == "gpt2", f"model={cfg.model!r}: a run, or not with GPT-2's tokens"
+        assert tokenizer == "gpt2", (f"model={cfg.model!r} is a run or not with GPT-2's tokens; "
+                                     f"name a run without a key: python eval.py {cfg.model}")
         content = dict(model_config=asdict(model.config), tokenizer="gpt2", tokenizer_hash="gpt2",
                        train_config=dict(method="gpt2", dataset=cfg.dataset))
         rows.append(evaluate_checkpoint(cfg.model, content, model, tasks("gpt2"), device, cfg))
@@ -187,13 +179,13 @@ def main_evaluate(cfg, runs, device):
     if any("/" in name for row in rows for name in row):
         print(f"\n{curves.table(rows, curves.TABLE_1)}")
     if cfg.write:
-        append(cfg.write, *rows)
+        append_rows(cfg.write, *rows)
     if cfg.plot:
         print(f"curves: {curves.plot(cfg.plot, curves.read_curves(logs))}")
 
 def main_steering(cfg, runs, device):
     assert len(runs) < 2, f"--steering takes one run, not {len(runs)}: {' '.join(runs)}"
-    path = find_checkpoint(runs[0] if runs else None)
+    path = find_checkpoint(runs[0] if runs else None, cfg.out_dir)
     content = load_checkpoint(path, RUN)
     relocate(content, cfg)
     model, val = load_model(content, device), tokens_of_run(content, "val", bool(cfg.dataset))
@@ -202,28 +194,30 @@ def main_steering(cfg, runs, device):
     concept_model = concepts.concept_model_of_run(content, device, dtype="float32")
     folder = Path(cfg.out_dir or path.parent)
     index = index_of_run(folder, content, model, concept_model, device)
-    models = {"CoCoMix": model, "concept model": concepts.steerable(concept_model)}
+    models = {"CoCoMix": model}
+    with left_out("steering the concept model"):
+        models["concept model"] = concepts.steerable(concept_model)
     rows = steering(models, index, val, device, cfg.steered)
     summary = steering_summary(rows)
     print(curves.table(summary, STEERING))
     if cfg.write:
-        append(cfg.write, *rows)
+        append_rows(cfg.write, *rows)
     if cfg.plot:
         print(f"curves: {plot_steering(cfg.plot, summary)}")
 
 def main(argv):
     cfg, runs = parse(Config, argv, __doc__, files=False)
-    curves.picture_path(cfg.plot)
+    picture = cfg.plot or ("out/compare" if cfg.compare else None)
+    curves.picture_path(picture, cfg.overwrite)
     if cfg.write:
-        assert not Path(cfg.write).is_dir(), f"{cfg.write} is a folder; name a file in it"
-        append(cfg.write)  # if it fails, then now
+        append_rows(cfg.write)  # if it fails, then now
     device = pick_device(cfg.device)
     torch.set_float32_matmul_precision("highest")  # TF32 would round the harness's numbers
     if cfg.steering:
         return main_steering(cfg, runs, device)
     if cfg.compare:
-        assert runs, "--compare needs runs or their logs: eval.py --compare out/A out/B"
-        return curves.compare(runs, cfg.plot or "out/compare")
+        assert runs, "--compare needs runs or their logs: python eval.py --compare out/A out/B"
+        return curves.compare(runs, picture, cfg.overwrite)
     return main_evaluate(cfg, runs, device)
 
 if __name__ == "__main__":

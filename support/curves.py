@@ -1,8 +1,9 @@
-"""Tables and pictures of training runs, read from their logs.
+"""Rows of results, tables and pictures, and the learning curves that are read from runs' logs.
 
 Seeds of one method form one Curve. Runs are compared with the first run seed by seed: a seed shares
 batches and initial weights across methods, so differences vary less than the losses do.
 """
+import json
 import math
 import statistics
 from itertools import pairwise
@@ -33,8 +34,22 @@ def averages(row):
             for name, measures in AVERAGES.items()
             if all(row.get(measure) is not None for measure in measures)}
 
+def append_rows(path, *rows):
+    """Append rows (dicts) to a .jsonl file; without rows, only find out whether that is possible.
+    UserError: the file holds something else."""
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; name a file in it")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", errors="replace") as file:
+        file.seek(0)
+        if file.readline(8)[:7] not in ("", '{"run":', '{"row":', '{"model'):
+            raise UserError(f"{path} is a file of something else; name another one")
+        for row in rows:
+            row = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+            file.write(json.dumps(row) + "\n")
+
 # --------------------------------------------------------------------------------------------------
-# Tables: (key, heading, format); text ("{}") is aligned left
+# Tables: (key, heading, format); text ("{}") is aligned left; a missing value is –
 
 COLUMNS = (
     ("run", "run", "{}"), ("method", "method", "{}"), ("mix", "mix", "{}"),
@@ -50,17 +65,23 @@ TABLE_1 = (("run", "run", "{}"), ("tokens", "tokens", "{:,}"),
              for key, heading in MEASURES.items()),
            ("average_perplexity", "avg ppl", "{:,.2f}"), ("average_accuracy", "avg acc", "{:.1%}"))
 
+def cells(row, columns):
+    """A row (a dict) as texts, one for each column."""
+    return ["–" if row.get(key) is None else form.format(row[key]) for key, _, form in columns]
+
 def table(rows, columns=COLUMNS):
-    """Rows (dicts) as text. Columns that no row has are left out; a missing value is –."""
-    laid_out = []
-    for key, heading, form in columns:
-        values = [row.get(key) for row in rows]
-        if any(value is not None for value in values):
-            cells = [heading, *("–" if value is None else form.format(value) for value in values)]
-            width = max(map(len, cells))
-            laid_out.append([f"{cell:{'<' if form == '{}' else '>'}{width}}" for cell in cells])
-    first, *others = map("  ".join, zip(*laid_out, strict=True))
+    """Rows as text, without the columns that no row has."""
+    columns = [column for column in columns if any(row.get(column[0]) is not None for row in rows)]
+    lines = [[heading for _, heading, _ in columns], *(cells(row, columns) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligns = ["<" if form == "{}" else ">" for *_, form in columns]
+    first, *others = ("  ".join(map("{:{}{}}".format, line, aligns, widths)) for line in lines)
     return "\n".join([first, "─" * len(first), *others])
+
+def markdown(headings, rows):
+    """A Markdown table of texts; all columns but the first are aligned right."""
+    lines = [headings, ["---"] + ["---:"] * (len(headings) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 def training(log):
     """What a run's log says about its training."""
@@ -111,8 +132,8 @@ def read_curve(name, logs):
                if line.get("tokens") and {"val_loss", "seconds"} <= line.keys()} for log in logs]
     shared = sorted(set.intersection(*map(set, points)))
     if not shared:
-        raise UserError(f"{name}: no evaluation after the start in all of its logs; train longer, "
-                        "or with a smaller --eval_interval")
+        raise UserError(f"{name}: no evaluation after the start in all of its logs; name runs of "
+                        "train.py, trained longer or with a smaller --eval_interval")
     losses, speeds = {}, []
     for log, at in zip(logs, points, strict=True):
         losses[log[0].get("seed")] = [at[tokens]["val_loss"] for tokens in shared]
@@ -168,18 +189,20 @@ def learning_curves(curves, columns=4):
     shared, first = shared_tokens(curves), next(iter(curves.values()))
     n = min(columns, len(shared))
     shown = [shared[round(i * len(shared) / n) - 1] for i in range(1, n + 1)]
-    rows = [["run", "seeds", *(f"loss at {tokens / 1e6:.2f}M" for tokens in shown), "vs first",
-             "tokens needed", "FLOPs needed", "FLOPs", "seconds"]]
-    rows.append(["---"] + ["---:"] * (len(rows[0]) - 1))
+    rows = []
     for name, curve in curves.items():
         flops = curve.flops_per_token * curve.tokens[-1]
         rows.append([name, str(len(curve.losses)), *(spread(curve.at(t).values()) for t in shown),
                      *versus_first(curve, first, shared[-1]), f"{flops:.2e}" if flops else "–",
                      f"{curve.seconds[-1]:.0f}"])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    losses = [f"loss at {tokens / 1e6:.2f}M" for tokens in shown]
+    return markdown(["run", "seeds", *losses, "vs first", "tokens needed", "FLOPs needed", "FLOPs",
+                     "seconds"], rows)
 
 # --------------------------------------------------------------------------------------------------
 # Pictures
+
+MARK = "drawn by support/curves.py of CoCoMix"  # in a picture's metadata: it may be replaced
 
 def new_figure(rows, columns, width, height, **options):
     """(a matplotlib Figure, its axes), width and height in inches."""
@@ -191,23 +214,30 @@ def new_figure(rows, columns, width, height, **options):
     figure = matplotlib.figure.Figure((width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, **options)
 
-def picture_path(path):
-    """Refuse a path that no picture can be written to (None: no picture)."""
-    suffix = Path(path or "").suffix
-    if suffix and (suffix not in (".png", ".svg", ".pdf") or Path(path).is_dir()):
-        raise UserError(f"plot={str(path)!r}: expected a file name ending in .png, .svg or .pdf")
+def picture_files(path):
+    return [Path(path)] if Path(path).suffix else [Path(f"{path}.png"), Path(f"{path}.svg")]
+
+def picture_path(path, overwrite=False):
+    """Refuse, before the work, a path that no picture can be written to (None: no picture), or
+    where there is a file that was not drawn here, unless overwrite."""
+    for file in picture_files(path) if path else ():
+        if file.suffix not in (".png", ".svg", ".pdf") or file.is_dir():
+            raise UserError(f"plot={path!r}: expected a file name ending in .png, .svg or .pdf")
+        if file.exists() and not overwrite and MARK.encode() not in file.read_bytes():
+            raise UserError(f"{file} is there already and was not drawn here: move it, name "
+                            "another file, or replace it with --overwrite")
 
 def save_figure(figure, path):
     """Write a figure to path, or without a suffix to a .png and an .svg; the same figure gives the
     same bytes. Returns the paths as text."""
-    paths = [Path(path)] if Path(path).suffix else [Path(f"{path}.png"), Path(f"{path}.svg")]
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # else computed again, a little differently, per file
-    no_date = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, metadata=no_date.get(path.suffix))
-    return " ".join(map(str, paths))
+    metadata = {".png": {"Software": MARK}, ".svg": {"Creator": MARK, "Date": None},
+                ".pdf": {"Creator": MARK, "CreationDate": None}}
+    for file in picture_files(path):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=150, metadata=metadata[file.suffix])
+    return " ".join(map(str, picture_files(path)))
 
 def count_axis(axis):
     """A grid, and 1k, 1M … along x."""
@@ -252,43 +282,43 @@ def draw_curve(axes, name, curve):
 def merge_evaluations(lines):
     """Lines of an eval.jsonl → one per checkpoint, by tokens: the latest of its most complete
     evaluations."""
-    def completeness(line):
-        return line.get("limit") or math.inf, line.get("val_tokens", 0)
     at = {}
-    for line in sorted(lines, key=completeness):
+    for line in sorted(lines, key=lambda line: (line.get("limit") or math.inf,
+                                                line.get("val_tokens", 0))):
         at.setdefault(line["tokens"], {}).update(line)
     return [at[tokens] for tokens in sorted(at)]
 
-def plot_tasks(path, evaluations):
-    """Draw the paper's measures in {name: lines of its eval.jsonl} against training tokens:
-    PATH-averages (Figure 2) and PATH-tasks (Figures 7 to 9). Returns the paths written."""
-    averages = dict(perplexity="val ppl", task_perplexity="mean ppl (LAMBADA, WikiText)",
-                    average_accuracy="mean accuracy (5 tasks)")
-    written = []
-    for which, titles, rows in (("averages", averages, 1), ("tasks", MEASURES, 2)):
-        columns = len(titles) // rows
-        figure, axes = new_figure(rows, columns, 3.4 * columns, 3 * rows)
-        for axis, (measure, title) in zip(axes.flat, titles.items(), strict=True):
-            for name, lines in evaluations.items():
-                found = [line for line in merge_evaluations(lines) if measure in line]
-                axis.plot([line["tokens"] for line in found], [line[measure] for line in found],
-                          marker="o", markersize=3, label=name)
-            axis.set_title(title, fontsize=10)
-            count_axis(axis)
-            if "acc" in measure:
-                axis.yaxis.set_major_formatter("{x:.1%}")
-        figure.supxlabel("training tokens", fontsize=10)
-        axes.flat[0].legend(frameon=False)
-        written.append(save_figure(figure, Path(path).with_stem(f"{Path(path).stem}-{which}")))
-    return " ".join(written)
+def plot_tasks(path, evaluations, titles, rows):
+    """Draw the measures {key: title} in {name: lines of its eval.jsonl} against training tokens.
+    Returns the paths written."""
+    columns = len(titles) // rows
+    figure, axes = new_figure(rows, columns, 3.4 * columns, 3 * rows)
+    for axis, (measure, title) in zip(axes.flat, titles.items(), strict=True):
+        for name, lines in evaluations.items():
+            found = [line for line in merge_evaluations(lines) if measure in line]
+            axis.plot([line["tokens"] for line in found], [line[measure] for line in found],
+                      marker="o", markersize=3, label=name)
+        axis.set_title(title, fontsize=10)
+        count_axis(axis)
+        if "acc" in measure:
+            axis.yaxis.set_major_formatter("{x:.1%}")
+    figure.supxlabel("training tokens", fontsize=10)
+    axes.flat[0].legend(frameon=False)
+    return save_figure(figure, path)
 
-def compare(runs, picture):
-    """Print and draw the learning curves of runs (folders or logs), and their tasks."""
-    paths = dict(named(list(map(log_of, runs))))
+def compare(runs, picture, overwrite=False):
+    """Print and draw the learning curves of runs (folders or logs), and their tasks as in the
+    paper's Figures 2 (PICTURE-averages) and 7 to 9 (PICTURE-tasks)."""
+    paths = dict(named([log_of(run) for run in runs]))
     curves = read_curves({name: read_log(path) for name, path in paths.items()})
     print(learning_curves(curves))
     print(f"curves: {plot(picture, curves)}")
     evaluations = {name: read_log(path.with_name("eval.jsonl")) for name, path in paths.items()
                    if path.name == "log.jsonl" and path.with_name("eval.jsonl").is_file()}
     if any("/" in key for lines in evaluations.values() for line in lines for key in line):
-        print(f"tasks: {plot_tasks(picture, evaluations)}")
+        averages = dict(perplexity="val ppl", task_perplexity="mean ppl (LAMBADA, WikiText)",
+                        average_accuracy="mean accuracy (5 tasks)")
+        for which, titles, rows in (("averages", averages, 1), ("tasks", MEASURES, 2)):
+            path = Path(picture).with_stem(f"{Path(picture).stem}-{which}")
+            picture_path(path, overwrite)
+            print(f"{which}: {plot_tasks(path, evaluations, titles, rows)}")

@@ -32,13 +32,9 @@ def steering(models, index, val, device, n_concepts):
     """Steer {name: model} by the n_concepts concepts of an index that its run predicts most.
 
     The starts of val blocks are continued at temperature 1, with the same random numbers under all
-    factors. Returns rows of model, concept, factor and
-
-        next_tokens   how many of the generated `tokens` are among the concept's NAME typical ones
-        loss          nats per token on LOSS_TOKENS of val, unrelated to the concept, steered too
-
-    A factor's strength depends on the model: compare next_tokens at equal perplexity, which does
-    not fully reveal tokens that are merely pasted in.
+    factors. Returns rows of model, concept, factor; next_tokens, how many of the generated `tokens`
+    are among the concept's NAME typical ones; and loss, nats per token on LOSS_TOKENS of val,
+    steered too. A factor's strength depends on the model: compare next_tokens at equal perplexity.
     """
     chosen, C, rows = choose_concepts(index, n_concepts), len(index.predicted), []
     block_size = min(model.config.block_size for model in models.values())
@@ -90,8 +86,7 @@ STEERING = (("model", "model", "{}"), ("factor", "factor", "{:g}"),
             ("perplexity", "val perplexity", "{:.1f}"))
 
 def plot_steering(path, summary):
-    """Gain by factor, perplexity by factor, and gain by perplexity, one line per model. Returns
-    the path written."""
+    """Gain by factor, perplexity by factor, gain by perplexity. Returns the path written."""
     figure, axes = new_figure(1, 3, 13, 4)
     gain, cost = "typical next tokens, × unsteered", "val perplexity, % above unsteered"
     style = dict(marker="o", markersize=4)
@@ -103,10 +98,10 @@ def plot_steering(path, summary):
         axes[0].errorbar(factors, gains, errors, capsize=2, label=name, **style)
         axes[1].plot(factors, costs, **style)
         shown = costs > 0  # the axis is logarithmic
-        axes[2].errorbar(costs[shown], gains[shown], errors[shown], capsize=2, linestyle="none",
-                         **style)
-        for factor, y, x in zip(factors[shown], gains[shown], costs[shown], strict=True):
-            axes[2].annotate(f"{factor:g}", (x, y), (5, 4), textcoords="offset points", fontsize=8)
+        points = factors[shown], costs[shown], gains[shown]
+        axes[2].errorbar(*points[1:], errors[shown], capsize=2, linestyle="none", **style)
+        for factor, *at in zip(*points, strict=True):
+            axes[2].annotate(f"{factor:g}", at, (5, 4), textcoords="offset points", fontsize=8)
     for axis, x, y in zip(axes, ("factor", "factor", cost), (gain, cost, gain), strict=True):
         axis.set(xlabel=x, ylabel=y)
         axis.grid(alpha=0.3)

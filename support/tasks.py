@@ -11,17 +11,19 @@ import math
 import os
 import re
 import time
+import zlib
 from collections.abc import Callable
 from itertools import islice, pairwise, repeat
 from pathlib import Path
 from typing import NamedTuple
 
-from support.runtime import UserError, progress
+from support.runtime import UserError, explain, progress
 
 import torch
 
 from support.curves import perplexity
 from support.kernels import chunk_rows
+from support.tokens import encode_text
 
 class Question(NamedTuple):
     """What a document asks: how likely is each continuation, given its context?"""
@@ -41,10 +43,9 @@ def choice(contexts, endings, gold):
 
     def score(answers):  # acc_norm is per character, without the space before the ending
         acc = [loglikelihood for loglikelihood, _ in answers]
-        acc_norm = [loglikelihood / max(1, len(ending) - 1)
-                    for loglikelihood, (_, ending) in zip(acc, pairs, strict=True)]
-        return dict(acc=(acc.index(max(acc)) == gold, 1),
-                    acc_norm=(acc_norm.index(max(acc_norm)) == gold, 1))
+        norm = [x / max(1, len(ending) - 1) for x, (_, ending) in zip(acc, pairs, strict=True)]
+        return {metric: (values.index(max(values)) == gold, 1)
+                for metric, values in (("acc", acc), ("acc_norm", norm))}
     return Question(pairs, score)
 
 def hellaswag(doc):
@@ -112,18 +113,16 @@ def documents(name, folder, limit):
     if folder is None:
         return hub_documents(name, limit)
     expected = f"expected the documents of {TASKS[name].hub[0]}, one JSON object per line"
-    path = Path(folder, f"{name}.jsonl")
+    path, opener = Path(folder, f"{name}.jsonl"), open
     if not path.is_file():
-        path = Path(f"{path}.gz")
+        path, opener = Path(f"{path}.gz"), gzip.open
     if not path.is_file():
         raise UserError(f"no {name}.jsonl or {path.name} in {folder}: {expected}; or choose other "
                         "--tasks")
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
-            lines = filter(str.strip, f)
-            found = [json.loads(line) for line in islice(lines, limit)]
-    except (ValueError, EOFError, gzip.BadGzipFile) as e:
-        raise UserError(f"{path} is cut short or damaged ({type(e).__name__}): {expected}") from e
+    damage = ValueError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error
+    with (explain(f"{path} is cut short or damaged", expected, damage),
+          opener(path, "rt", encoding="utf-8-sig") as file):
+        found = [json.loads(line) for line in islice(filter(str.strip, file), limit)]
     if not found:
         raise UserError(f"{path} is empty: {expected}")
     return found
@@ -161,17 +160,15 @@ def choose_tasks(names, folder, limit, tokenizer_hash):
 # Log-likelihoods
 
 def encode(tokenizer, context, continuation, block_size):
-    """Two texts → [(context, continuation)] in tokens, split as the harness splits them.
-
-    White space at the end of the context moves to the continuation. An empty context becomes the
+    """Two texts → [(context, continuation)] in tokens, split as the harness splits them: white
+    space at the end of the context moves to the continuation, an empty context becomes the
     end-of-text token. Context None: the text, after an end-of-text token, is cut into windows of
-    block_size targets; the last, shorter one has as much context as fits.
-    """
+    block_size targets; the last, shorter one has as much context as fits."""
     if context is not None:
-        before = tokenizer.encode_ordinary(context.rstrip())
-        joined = tokenizer.encode_ordinary(context + continuation)
+        before = encode_text(tokenizer, context.rstrip())
+        joined = encode_text(tokenizer, context + continuation)
         return [(before or [tokenizer.eot_token], joined[len(before):])]
-    tokens = [tokenizer.eot_token] + tokenizer.encode_ordinary(continuation)
+    tokens = [tokenizer.eot_token] + encode_text(tokenizer, continuation)
     bounds = [1, *range(block_size + 1, len(tokens), block_size), len(tokens)]
     return [(tokens[max(0, end - block_size - 1):start], tokens[start:end])
             for start, end in pairwise(bounds) if start < end]
@@ -223,11 +220,9 @@ def score_tokens(model, h, at, token):
 @torch.no_grad()
 def loglikelihoods(model, questions, batch_size, title="evaluate"):
     """[[(context, continuation), …] per question], in tokens → [[(log-likelihood in nats, is every
-    token of the continuation the most likely one?), …] per question].
-
-    Only the last block_size + 1 tokens of a text are kept, of a longer continuation its end. A
-    question is one row; where one of its texts fills the window, each text is a row of its own.
-    """
+    token of the continuation the most likely one?), …] per question]. Only the last block_size + 1
+    tokens of a text are kept. A question is one row; where one of its texts fills the window, each
+    text is a row of its own."""
     rows, total, size = [], 0, model.config.block_size
     for question in questions:
         pairs = dict(enumerate(question, total))
@@ -264,17 +259,12 @@ def mean_and_error(parts):
 
 def run_task(name, docs, model, tokenizer, batch_size):
     """One task → dict: NAME/METRIC and NAME/METRIC_stderr for each metric, NAME/examples, NAME/cut
-    (texts longer than block_size + 1 tokens, which lost their start) and NAME/seconds.
-
-    The standard error of a perplexity is the perplexity times that of the mean log-likelihood; the
-    harness bootstraps LAMBADA's and has none for WikiText.
-    """
+    (texts longer than block_size + 1 tokens, which lost their start) and NAME/seconds. The standard
+    error of a perplexity is the perplexity times that of the mean log-likelihood; the harness
+    bootstraps LAMBADA's and has none for WikiText."""
     task, size, start = TASKS[name], model.config.block_size, time.perf_counter()
-    try:
+    with explain(f"{name}: a document lacks the fields of {task.hub[0]}", "copy them again"):
         questions = list(map(task.ask, docs))
-    except (KeyError, ValueError, TypeError, AttributeError) as e:
-        raise UserError(f"{name}: a document does not have the fields of {task.hub[0]} "
-                        f"({type(e).__name__}: {e})") from e
     pairs = [[pair for texts in question.pairs for pair in encode(tokenizer, *texts, size)]
              for question in questions]
     answers = loglikelihoods(model, pairs, batch_size, name)

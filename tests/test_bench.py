@@ -88,3 +88,10 @@ def test_errors_are_one_line():
     assert status == 1 and "name config files" in err
     status, _, err = run(bench.main, "config/stdlib_ntp.py", "--count", "--dataset=typo")
     assert status == 1 and "no dataset 'typo'" in err
+
+def test_results_are_not_added_to_another_file(tmp_path):
+    (tmp_path / "notes.md").write_text("mine")
+    argv = "config/stdlib_ntp.py", f"--write={tmp_path / 'notes.md'}"
+    status, _, err = run(bench.main, *argv)
+    assert status == 1 and "notes.md is a file of something else" in err
+    assert (tmp_path / "notes.md").read_text() == "mine"

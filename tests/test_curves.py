@@ -70,6 +70,30 @@ def test_a_picture_without_a_suffix_is_drawn_as_png_and_svg(tmp_path):
     curves.plot(tmp_path / "again.svg", found)
     assert (tmp_path / "again.svg").read_bytes() == svg  # the same figure, the same bytes
 
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_a_picture_replaces_only_pictures(tmp_path, suffix):
+    found, path = curves.read_curves({"ntp": log([5.0, 3.0])}), tmp_path / f"c.{suffix}"
+    curves.picture_path(path)  # not there
+    curves.plot(path, found)
+    curves.picture_path(path)  # one that we drew
+    path.write_text("CoCoMix, drawn by someone else")
+    with pytest.raises(UserError, match="is there already .* --overwrite"):
+        curves.picture_path(path)
+    curves.picture_path(path, overwrite=True)
+
+def test_rows_are_added_to_files_of_rows_only(tmp_path):
+    path, other = tmp_path / "new" / "rows.jsonl", tmp_path / "log.jsonl"
+    curves.append_rows(path)
+    for row in dict(run="a", loss=1.23456789), dict(row="b"), dict(model="c", loss=None):
+        curves.append_rows(path, row)
+    assert path.read_text() == (
+        '{"run": "a", "loss": 1.234568}\n{"row": "b"}\n{"model": "c", "loss": null}\n')
+    for content in (b'{"step": 0}\n', b"# notes\n", b"\n", b"\xff\x00" * 9):
+        other.write_bytes(content)
+        with pytest.raises(UserError, match="log.jsonl is a file of something else"):
+            curves.append_rows(other, dict(run="a"))
+        assert other.read_bytes() == content
+
 def test_panels_without_runs_are_left_out(tmp_path):
     found = curves.read_curves({"ntp": log([5.0, 3.0])})
     panels = {"first": ["ntp", "missing"], "second": ["ntp"], "empty": ["missing"]}

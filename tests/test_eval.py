@@ -203,11 +203,21 @@ BAD = {  # what is wrong: (arguments, what the line must say)
         ("{ntp} --eval_data={bad} --tasks=winogrande", "fields of allenai/winogrande", "sentence"),
     "an empty file": ("{ntp} --eval_data={bad} --tasks=wikitext", "wikitext.jsonl is empty", ""),
     "only the last checkpoint": ("{ntp} --every", "last checkpoint only", "--keep_checkpoints"),
-    "a run as GPT-2": ("--model={ntp}", "a run, or not with GPT-2's tokens", ""),
+    "documents with flipped bytes":
+        ("{ntp} --eval_data={bad} --tasks=hellaswag", "hellaswag.jsonl.gz", "damaged"),
+    "documents nested too deeply":
+        ("{ntp} --eval_data={bad} --tasks=social_iqa", "social_iqa.jsonl", "RecursionError"),
+    "a run as GPT-2": ("--model={ntp}", "is a run or not with GPT-2's tokens", "python eval.py /"),
     "missing GPT-2 weights": ("--model={bad}/gpt2-none.bin", "No such file", "gpt2-none"),
     "GPT-2 with nothing to evaluate it on":
         ("--model={gpt2} --tasks=none", "nothing to evaluate", "--dataset"),
-    "val shorter than a block": ("{ntp} --official --tokens=20", "20 tokens", "block of 32"),
+    "val shorter than a block": ("{ntp} --official --tokens=20", "20 val tokens", "--tokens"),
+    "a picture in place of another file":
+        ("{ntp} --plot={bad}/mine.png", "mine.png is there already", "--overwrite"),
+    "one of two pictures in place of another file":
+        ("--compare {ntp} --plot={bad}/mine", "mine.png is there already", "--overwrite"),
+    "rows in another file": ("{ntp} --write={bad}/notes.md", "notes.md", "name another"),
+    "rows in the log of a run": ("{ntp} --write={ntp}/log.jsonl", "log.jsonl", "name another"),
     "a limit of nothing": ("{ntp} --limit=0", "limit='0'", "at least 1"),
 }
 
@@ -216,7 +226,11 @@ def test_one_line_says_what_is_wrong(case, chain, tmp_path):
     text = "\n".join(json.dumps(doc) for doc in harness.DOCUMENTS["piqa"] * 50)
     whole = gzip.compress(text.encode())
     (tmp_path / "piqa.jsonl.gz").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "hellaswag.jsonl.gz").write_bytes(whole[:30] + b"\xff" * 20 + whole[50:])
+    (tmp_path / "social_iqa.jsonl").write_text("[" * 100_000)
     (tmp_path / "arc_easy.jsonl").write_text("no JSON")
+    for name in ("mine.png", "notes.md"):
+        (tmp_path / name).write_text("mine")
     (tmp_path / "winogrande.jsonl").write_text('{"goal": "a"}\n')
     (tmp_path / "wikitext.jsonl").write_text("")
     (tmp_path / "gpt2").mkdir()
@@ -227,3 +241,4 @@ def test_one_line_says_what_is_wrong(case, chain, tmp_path):
     lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
     assert status == 1 and len(lines) == 1 and "Traceback" not in err, err
     assert all(text in lines[0] for text in needed), lines[0]
+    assert all((tmp_path / name).read_text() == "mine" for name in ("mine.png", "notes.md"))

@@ -10,14 +10,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 
 demo: .venv/installed
-	$(PY) data/stdlib/prepare.py
-	$(PY) train.py config/stdlib_gpt.py --resume
-	$(PY) sae.py config/stdlib_sae.py --resume
-	$(PY) train.py config/stdlib_ntp.py --resume
-	$(PY) train.py config/stdlib_cocomix.py --resume
-	$(PY) eval.py out/stdlib/ntp out/stdlib/cocomix --plot=out/stdlib/curves.png
-	$(PY) concepts.py out/stdlib/cocomix --tokens=200_000 --top=10
-	$(PY) sample.py out/stdlib/cocomix --steer --start="    def __init__(self" --max_new_tokens=60
+	$(PY) demo.py
 
 ablations: .venv/installed
 	$(PY) results/run.py results/stdlib-ablations
@@ -35,6 +28,7 @@ test-all: .venv/installed-test
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
+	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q torch==2.13.0
 	$(PY) -m pip install -q -r requirements.txt
 	touch $@
 

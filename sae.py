@@ -131,7 +131,8 @@ def losses(sae, x, dead, k_aux):
         else:
             kept, _ = linear_topk(*inputs, k)
             rebuilt = sparse_decode(TopK(kept.values.relu(), where[kept.indices]), sae.decoder)
-        target = residual.detach()
+        rebuilt = rebuilt + sae.pre_bias  # openai's code: b_pre, in the target a constant, learns
+        target = residual.detach() + sae.pre_bias.detach()
         aux = variance_share(target - rebuilt, target).nan_to_num(0.0, posinf=0.0)
     return fvu, aux, top
 

@@ -27,6 +27,7 @@ from support.cli import key
 from support.device import should_compile
 from support.files import mixed_seed
 from support.labels import open_labels
+from support.published import start_from
 from support.tokens import check_tokenizer
 from support.training import TrainingRun, read_config
 
@@ -41,6 +42,7 @@ class Config:
     bias: bool = key(True, "biases in linear layers and LayerNorms")
     embedding_std: float = key(0.02, "initial std of the token embedding", low=0)
     init_std: float = key(0.02, "… of other matrices; narrow: 0.02·sqrt(768/n_embd)", low=0)
+    init_from: str | None = key(None, "weights to start from: gpt2, its folder, or a run")
     # concepts
     insert_layer: int = key(5, "the mixer sits at the input of this block", low=0)
     concept_k: int = key(32, "predicted concepts kept by TopK", low=1)
@@ -83,8 +85,8 @@ class Config:
     keep_checkpoints: bool = key(False, "keep the model of every evaluation as step_N.pt")
     log_interval: int = key(10, "steps between two lines of the log", low=1)
     device: str = key("auto", "cpu, cuda, cuda:1 or mps; auto: the fastest available")
-    dtype: Literal["auto", "float32", "bfloat16"] = key("auto", "auto: bfloat16 on CUDA")
-    compile: bool | Literal["auto"] = key("auto", "torch.compile; auto: on CUDA")
+    dtype: Literal["auto", "float32", "bfloat16"] = key("auto", "auto: bfloat16 on A100 and newer")
+    compile: bool | Literal["auto"] = key("auto", "torch.compile; auto: on GPUs with Triton")
     checkpoint_blocks: bool = key(False, "recompute blocks in the backward: less memory, slower")
     seed: int = key(1337, "for initialisation and data order", low=0, high=2**32 - 1)
     resume: bool = key(False, "resume from out_dir's checkpoint, if there is one")
@@ -147,7 +149,7 @@ class Losses(NamedTuple):
     kl: torch.Tensor | None       # KL(concept model ‖ model)
 
 def step_losses(model, cfg, x, y, targets=Targets()):  # noqa: B008 (an immutable default)
-    """The Losses of tokens x and their targets y, both (B, T)."""
+    """The Losses of tokens x and the next tokens y, both (B, T)."""
     out = model(x, y, targets.labels, teacher=targets.teacher, kd_weight=cfg.kd_weight)
     total, next_token, concept = out.loss, out.loss.detach(), None
     if out.kl is not None:  # out.loss includes the KD term
@@ -164,7 +166,7 @@ def accumulate(run, concept_model, x, y, stored):
     means, share = {}, run.micro / len(x)
     for first in range(0, len(x), run.micro):
         rows = slice(first, first + run.micro)
-        targets = concept_model.targets(x[rows], y[rows]) if concept_model else Targets()
+        targets = concept_model.concept_targets(x[rows], y[rows]) if concept_model else Targets()
         if stored is not None:
             targets = targets._replace(labels=stored[rows])
         if run.ranks.size > 1:  # the processes exchange gradients once, in the last backward
@@ -218,7 +220,7 @@ def asked(cfg, concept_model):
     return concept_model.distribution_only() if is_taught(cfg) else None
 
 def build_model(cfg, run, concept_model):
-    """The run's GPT: new, or the one it resumes."""
+    """The run's GPT: new, from init_from's weights, or the one it resumes."""
     torch.manual_seed(cfg.seed)  # here, so that what all methods share starts from the same weights
     if run.content is not None:
         model = load_model(run.content, run.device)
@@ -226,6 +228,9 @@ def build_model(cfg, run, concept_model):
         hidden_size = concept_model.gpt.config.n_embd if concept_model else 0
         n_concepts = len(concept_model.sae.encoder) if concept_model and concept_model.sae else 0
         model = GPT(model_config(cfg, run.vocab_size, n_concepts, hidden_size)).to(run.device)
+        if cfg.init_from:
+            with run.ranks.first_on_machine():
+                start_from(cfg.init_from, model, run.meta["tokenizer_hash"], concept_model)
     if predicts(cfg) and cfg.mix == "none" and not cfg.concept_weight:
         model.mixer.requires_grad_(False)  # unused; DDP would wait for its gradient
     model.checkpoint_blocks = cfg.checkpoint_blocks

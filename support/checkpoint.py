@@ -23,9 +23,13 @@ def save_checkpoint(path, **content):
     with atomic_write(path) as file:
         torch.save(content, file)
 
-def find_checkpoint(run=None):
-    """The path of a run's checkpoint. run: its folder or file; None: the newest run under out/."""
+def find_checkpoint(run=None, out_dir=None):
+    """The path of a run's checkpoint. run: its folder or file; None: the newest run under out/.
+    out_dir: the command's key, which does not name the run."""
     if run is None:
+        if out_dir and Path(out_dir, "ckpt.pt").is_file():
+            raise UserError(f"out_dir={out_dir!r} is a folder for results; name the run without a "
+                            f"key: {out_dir}")
         path = max(Path("out").rglob("ckpt.pt"), key=os.path.getmtime, default=None)
         if path is None:
             raise UserError("no checkpoint under out/; train one: make demo, or python train.py …")
@@ -80,7 +84,7 @@ def load_weights(cls, settings_cls, content, device):
     """The model cls(settings_cls(…)) of a checkpoint's content, in evaluation mode."""
     known = {f.name for f in fields(settings_cls)}
     settings = {k: v for k, v in content["model_config"].items() if k in known}
-    remedy = "if an older version of this code wrote it, train the run again"
+    remedy = "if an older version of this code wrote it, train the run again with --overwrite"
     with explain("the checkpoint's weights do not fit its model config", remedy,
                  (RuntimeError, TypeError)):
         model = cls(settings_cls(**settings))
@@ -97,7 +101,7 @@ def relocate(content, cfg):
     """Put the PLACES that a command's cfg was given into the train_config of a checkpoint's
     content: where what the run was trained with is now."""
     for name in PLACES:
-        if getattr(cfg, name) != getattr(type(cfg), name):
+        if name in cfg.given:
             content["train_config"][name] = getattr(cfg, name)
 
 def models_used(concept_model):
@@ -111,11 +115,14 @@ def models_used(concept_model):
 
 def check_models(content, concept_model):
     """UserError if a part of a ConceptModel is not the one that a checkpoint's run learned from."""
-    for name, found in models_used(concept_model).items():
-        if found != content["uses"].get(name, found):
-            raise UserError(f"{name}={content['train_config'][name]!r} is not the one that this "
-                            f"run learned from: it was replaced or trained again; say where the "
-                            f"old one is now: --{name}=PATH, or train this run again")
+    changed = [name for name, found in models_used(concept_model).items()
+               if found != content["uses"].get(name, found)]
+    if changed:
+        now = " and ".join(f"{name}={content['train_config'][name]!r}" for name in changed)
+        places = " ".join(f"--{name}=PATH" for name in changed)
+        raise UserError(f"{now}: not what this run learned from, but replaced or trained again; "
+                        f"say where the old one is now: {places}, or train this run again with "
+                        "--overwrite")
 
 def model_hash(model):
     """A short hash of a model's weights."""

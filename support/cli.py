@@ -25,6 +25,14 @@ WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text
          TEXTS: "one or more texts", types.NoneType: "none"}
 SWITCH = {"true": True, "1": True, "yes": True, "on": True,
           "false": False, "0": False, "no": False, "off": False}
+RENAMED = dict(  # what nanoGPT's other keys are called here
+    lr_decay_iters="the cosine ends at max_iters",
+    decay_lr="min_lr=learning_rate keeps the learning rate constant",
+    gradient_accumulation_steps="batch_size counts all sequences of a step, micro_batch_size those "
+    "of a pass", always_save_checkpoint="keep_checkpoints keeps all; each evaluation writes one",
+    eval_only="evaluate a run with python eval.py RUN", backend="device selects it",
+    init_from="only train.py starts from weights; others take a run without a key",
+    compile="only train.py and bench.py compile", dtype="only train.py and bench.py have it")
 
 def key(default, meaning, low=-inf, high=inf, bare=None, follows=None):
     """A config key. low, high: the allowed range, ends included. bare: the value of `--key` alone;
@@ -62,7 +70,9 @@ def parse(cls, argv, doc="", most=None, files=True):
         raise UserError(f"unexpected argument {rest[most]!r}; keys are --key, config files FILE.py")
     values |= {name: tuple(value) if isinstance(value, list) else value
                for name, value in vars(given).items()}
-    return cls(**values), rest
+    cfg = cls(**values)
+    object.__setattr__(cfg, "given", set(values))  # the keys that do not have their default
+    return cfg, rest
 
 def _parser(keys, doc):
     parser = argparse.ArgumentParser(
@@ -97,7 +107,7 @@ def _check_known(names, keys, where):
     if unknown:
         near = get_close_matches(unknown[0], keys, 1, 0.5)
         hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"
-        hint = hint if len(unknown) == 1 else "is it another script's?"
+        hint = RENAMED.get(unknown[0], hint if len(unknown) == 1 else "is it another script's?")
         raise UserError(f"{where}: unknown key {', '.join(unknown)!r}; {hint}")
 
 def read_config_file(path):

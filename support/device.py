@@ -50,11 +50,16 @@ def keep_freed_memory():
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: … and never shrink it
 
 def uses_bf16(dtype, device):
-    """Does the key dtype mean bfloat16 on this device?"""
-    return dtype == "bfloat16" or dtype == "auto" and device.type == "cuda"
+    """Does the key dtype mean bfloat16 on this device? auto: on GPUs that compute in it (A100 and
+    newer); older ones emulate it, which is slower than float32."""
+    return dtype == "bfloat16" or dtype == "auto" and _cuda_capability(device) >= (8, 0)
 
 def should_compile(cfg, device):
-    return cfg.compile is True or cfg.compile == "auto" and device.type == "cuda"
+    """auto: on GPUs that Triton supports."""
+    return cfg.compile is True or cfg.compile == "auto" and _cuda_capability(device) >= (7, 0)
+
+def _cuda_capability(device):
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 def compile_model(model):
     """torch.compile for fixed shapes."""

@@ -14,7 +14,6 @@ class Ranks:
 
     def join(self, device):
         """Connect the processes. What fails before this fails in every process alike."""
-        self.device = device
         if self.size > 1:
             gpu = device if device.type == "cuda" else None
             dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(minutes=30),
@@ -38,8 +37,8 @@ class Ranks:
         """Numbers or scalar tensors of each process → their sums as floats, in every process."""
         values = [float(v) for v in values]
         if self.size > 1:
-            values = torch.tensor(values, dtype=torch.float64, device=self.device)
-            dist.all_reduce(values)
+            values = torch.tensor(values, dtype=torch.float64)
+            dist.all_reduce(values, group=self.on_cpu)
             values = values.tolist()
         return values
 

@@ -1,13 +1,13 @@
 """Files written completely or not at all, locked folders, JSON files, short hashes, and seeds."""
-import fcntl
 import hashlib
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from support.runtime import UserError, explain
 
+import filelock
 import numpy as np
 
 @contextmanager
@@ -24,9 +24,7 @@ def atomic_write(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(tmp, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # so that the new name is on the disk, too
-        os.close(folder)
+        _sync_folder(path.parent)  # so that the new name is on the disk, too
     except (OSError, RuntimeError) as e:
         cause = e.__context__ if isinstance(e, RuntimeError) else e  # torch.save wraps the disk's
         if not isinstance(cause, OSError) or cause.filename not in (None, str(tmp), str(path)):
@@ -36,26 +34,40 @@ def atomic_write(path):
     finally:
         tmp.unlink(missing_ok=True)
 
+def _sync_folder(folder):
+    with suppress(OSError):  # Windows opens no folders, and some network drives do not sync them
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
 def read_json(path, remedy="copy it again"):
     """The content of a JSON file, a dict."""
     with explain(f"{path} is damaged", remedy):
         return dict(**json.loads(path.read_text("utf-8-sig")))
 
 def lock_folder(folder, doing, key):
-    """Create a folder and lock it. Returns a file descriptor: closing it releases the lock, and so
-    does the end of the process. UserError: can't be made, or another process has locked it."""
+    """Create a folder and lock it, by a file .lock in it. `unlock` releases the lock, and so does
+    the end of the process. UserError: can't be made, or another process has locked it."""
     with explain(f"{folder} can't be made", f"choose another --{key}", OSError):
         Path(folder).mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
+    lock = filelock.FileLock(Path(folder, ".lock"), timeout=0)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        os.close(lock)
-        raise UserError(f"another process is {doing} in {folder}: wait until it ends, or choose "
-                        f"another --{key}") from e
-    except OSError:
+        lock.acquire()
+    except filelock.Timeout as e:
+        if Path(lock.lock_file).exists():  # else it can't be written: the first file will say why
+            raise UserError(f"another process is {doing} in {folder}: wait until it ends, or "
+                            f"choose another --{key}") from e
+    except (OSError, NotImplementedError):
         pass  # a file system without locks
     return lock
+
+def unlock(lock):
+    if lock.is_locked:
+        with suppress(OSError):  # Windows does not delete a file that is open
+            os.unlink(lock.lock_file)
+        lock.release()
 
 def fingerprint(*parts):
     """A short hash of byte strings."""

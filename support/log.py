@@ -1,7 +1,6 @@
 """log.jsonl of a run, and the warning about loss spikes."""
 import json
 import math
-import os
 import sys
 import weakref
 from contextlib import suppress
@@ -11,7 +10,7 @@ from support.runtime import RANK, explain
 
 from tqdm import tqdm
 
-from support.files import atomic_write, lock_folder
+from support.files import atomic_write, lock_folder, unlock
 
 class Log:
     """log.jsonl: one JSON object per line, each with its step. Only process 0 writes it.
@@ -25,8 +24,7 @@ class Log:
         self.path, self.also, self.empty, self._pending = Path(path), also, False, None
         if RANK:
             return
-        lock = lock_folder(self.path.parent, "training", "out_dir")
-        weakref.finalize(self, os.close, lock)  # the system releases it, too, if the process dies
+        weakref.finalize(self, unlock, lock_folder(self.path.parent, "training", "out_dir"))
         kept = read_log(self.path) if step and self.path.is_file() else []
         kept = [self._text(line) for line in kept if line.get("step", math.inf) <= step]
         self.empty, self._pending = not kept, kept

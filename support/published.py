@@ -4,6 +4,7 @@ import hashlib
 import http.client
 import logging
 import os
+import shlex
 import urllib.request
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from support.runtime import RANK, UserError, explain
 import torch
 import torch.nn.functional as F
 
-from support.checkpoint import load_checkpoint, model_hash, read_safetensors, read_tensors
+from support import checkpoint
 from support.files import read_json
 from support.tokens import hub_tokenizer
 
@@ -47,12 +48,39 @@ def read_model(name):
             raise UserError(f"no checkpoint at {path} and no {' or '.join(FILES)}; train it first: "
                             "python train.py config/…, or name a folder of GPT-2 weights, or one "
                             f"of {', '.join(HUB)} to download")
-        return load_checkpoint(name, ("model_config", "model", "tokenizer_hash"))
+        return checkpoint.load_checkpoint(name, ("model_config", "model", "tokenizer_hash"))
     settings, state = read_gpt2(weights)
     if path.exists() and not weights.with_name("config.json").is_file():
         print(f"{weights}: no config.json next to it; assuming GPT-2's, heads of 64 features")
     tokenizer = hub_tokenizer(weights.parent, settings["vocab_size"])
     return dict(model_config=settings, model=state, tokenizer_hash=tokenizer)
+
+def start_from(name, model, tokenizer, concept_model):
+    """Copy the weights of a run or of GPT-2 (see read_model) into a new GPT for a dataset with this
+    tokenizer (its hash). A mixer is copied, too; if there is none, the new one stays as it is.
+    UserError: another shape, tokenizer, mixer or concept model."""
+    content, new = read_model(name), model.config
+    if content["tokenizer_hash"] != tokenizer:
+        raise UserError(f"init_from={name!r} has another tokenizer than the dataset; prepare the "
+                        "text with its tokenizer, or start from another model")
+    old = checkpoint.load_weights(type(model), type(new), content, "cpu")
+    keys = ["n_layer", "n_head", "n_embd", "bias"]
+    if old.mixer is not None:
+        if new.insert != old.config.insert:
+            raise UserError(f"init_from={name!r} has a {old.config.insert} mixer, unlike this run; "
+                            "give it the same --method and --target, or start from a plain GPT")
+        keys += ["mix", "insert_layer", "concept_k"]
+        checkpoint.check_models(content, concept_model)
+    values = {key: getattr(old.config, key) for key in keys}
+    if changes := [f"--{k}={v}" for k, v in values.items() if v != getattr(new, k)]:
+        raise UserError(f"init_from={name!r} has another shape than this run: give it "
+                        f"{' '.join(changes)}")
+    if new.block_size > old.config.block_size:
+        raise UserError(f"block_size={new.block_size} is over the {old.config.block_size} of "
+                        f"init_from={name!r}")
+    weights = old.state_dict()
+    weights["wpe.weight"] = weights["wpe.weight"][:new.block_size]
+    model.load_state_dict(weights, strict=False)  # they have no weights for a new mixer
 
 def find_weights(name):
     """The file of GPT-2 weights or the index of its shards. name: one of HUB or its full name on
@@ -67,8 +95,7 @@ def find_weights(name):
 
 def fetch_gpt2(repo=HUB["gpt2"]):
     """The path of a GPT-2's weights in the hub's cache, downloaded if necessary."""
-    remedy = (f"copy its {FILES[0]} and config.json ({repo}) here and name the folder: "
-              "--concept_model=FOLDER (eval.py: --model=FOLDER)")
+    remedy = f"copy its {FILES[0]} and config.json ({repo}) to a folder and name that instead"
     if repo == HUB["gpt2"]:
         remedy = f"{ONLINE}, or {remedy}"
     with explain("GPT-2 can't be fetched", remedy, Exception):
@@ -131,7 +158,7 @@ def _read_weights(path):
         with explain(f"{path} is not an index of weights", "copy it again"):
             files = sorted(set(read_json(path)["weight_map"].values()))
             return {k: t for f in files for k, t in _read_weights(path.with_name(f)).items()}
-    read = read_safetensors if path.suffix == ".safetensors" else read_tensors
+    read = checkpoint.read_safetensors if path.suffix == ".safetensors" else checkpoint.read_tensors
     return read(path, "weights")
 
 # --------------------------------------------------------------------------------------------------
@@ -154,7 +181,8 @@ def check_fits(sae, concept_model):
     """UserError if a published SAE is asked for with a run of ours, by their names."""
     if sae in SIZES and find_weights(concept_model) is None:
         raise UserError(f"sae={sae!r} was trained on GPT-2, not on {concept_model}; train another: "
-                        f"python sae.py --concept_model={concept_model}")
+                        f"python sae.py --concept_model={shlex.quote(concept_model)} "
+                        "--concept_layer=… --dataset=… --out_dir=…")
 
 def read_info(path):
     """The sae.json next to an SAE of ours; {} where there is none (a published file)."""
@@ -170,11 +198,13 @@ def load_sae(name, layer, d, gpt):
     info = {} if name in SIZES else read_info(path)
     trained_on, at = info.get("concept_model_hash"), info.get("concept_layer", layer)
     if at != layer:
-        raise UserError(f"{path} was trained on layer {at}; set --concept_layer={at}")
-    if trained_on and gpt is not None and trained_on != model_hash(gpt):
+        raise UserError(f"{path} was trained on layer {at}, not {layer}; name another --sae, or "
+                        f"train a new run with --concept_layer={at}")
+    if trained_on and gpt is not None and trained_on != checkpoint.model_hash(gpt):
         raise UserError(f"{path} was trained on another concept model ({info['concept_model']} as "
-                        "it was then); train it again: python sae.py --overwrite with its keys")
-    state, k = read_sae(read_tensors(path, "an SAE"), path)
+                        "it was then); say where that one is now: --concept_model=PATH, or, for a "
+                        "new run, train the SAE again: python sae.py --overwrite with its keys")
+    state, k = read_sae(checkpoint.read_tensors(path, "an SAE"), path)
     if (width := state["encoder"].shape[1]) != d:
         raise UserError(f"{path} has width {width}, but the hidden states have {d}; train another")
     return state, k
@@ -214,16 +244,17 @@ def fetch_sae(name, layer):
         raise UserError(f"sae={name!r}: concept_layer={layer} is not from 0 to 11")
     size, n_concepts = SIZES[name]
     url = SAE_URL.format(size=size, layer=layer)
-    folder = Path(os.environ.get("COCOMIX_CACHE", Path.home() / ".cache" / "cocomix"))
+    with explain("there is no home folder", "set COCOMIX_CACHE to a folder", RuntimeError):
+        folder = Path(os.environ.get("COCOMIX_CACHE") or Path.home() / ".cache" / "cocomix")
     path = folder / f"sae-{name}-layer{layer}.pt"
     if path.is_file():
         return path
-    remedy = f"{ONLINE}, or copy {url} here by hand as {path}"
+    remedy = f"{ONLINE}, copy {url} here by hand as {path}, or set COCOMIX_CACHE to its folder"
     part = Path(f"{path}.{os.getpid()}.part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _download(url, part)
-        state, _ = read_sae(read_tensors(part, f"the SAE of {url}"), url)
+        state, _ = read_sae(checkpoint.read_tensors(part, f"the SAE of {url}"), url)
         if (shape := tuple(state["encoder"].shape)) != (n_concepts, 768):
             raise ValueError(f"{url} returned an SAE of shape {shape}; ({n_concepts}, 768) was "
                              "expected")

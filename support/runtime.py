@@ -9,8 +9,11 @@ import re
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+if sys.version_info < (3, 10):
+    sys.exit("error: Python %d.%d is too old: 3.10 or newer is needed" % sys.version_info[:2])
 
 from tqdm import tqdm
 
@@ -40,6 +43,11 @@ def _from_torchrun(name, default):
 RANK = _from_torchrun("RANK", 0)  # of this process in the job; process 0 writes files and prints
 LOCAL_RANK = _from_torchrun("LOCAL_RANK", 0)  # of this process on its machine
 WORLD_SIZE = _from_torchrun("WORLD_SIZE", 1)
+if not (0 <= LOCAL_RANK <= RANK < WORLD_SIZE) or WORLD_SIZE > 1 and not (
+        os.environ.get("MASTER_ADDR") and _from_torchrun("MASTER_PORT", "")):
+    sys.exit(f"error: {WORLD_SIZE=}, {RANK=}, {LOCAL_RANK=} and MASTER_ADDR="
+             f"{os.environ.get('MASTER_ADDR')!r} are not what torchrun sets: start several "
+             "processes with torchrun --nproc_per_node=N train.py …, or unset these variables")
 
 def _exit_at_once(number, _):
     """Ctrl-C during the imports, which would print a traceback or swallow it."""
@@ -91,8 +99,10 @@ def _message(error):
     first_line = text.splitlines()[0] if text else "no details"
     no_memory = internal and re.search("out of memory|can't allocate memory", text)
     if no_memory or isinstance(error, MemoryError):
-        return ("out of memory: a smaller --micro_batch_size (or --batch_size) needs less "
+        return ("out of memory: a smaller --batch_size (train.py: --micro_batch_size) needs less "
                 f"({first_line})")
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile failed ({first_line}); --compile=false runs without it"
     if WORLD_SIZE > 1 and internal and re.search("gloo|NCCL|socket", text):
         return f"{LOST}; if it failed, it printed why ({first_line})"
     if isinstance(error, OSError) and error.filename:
@@ -110,25 +120,28 @@ def progress(total, what, unit="it", disable=False, **kwargs):
     return bar
 
 class Stop:
-    """`with Stop() as stop`: Ctrl-C and SIGTERM set stop.signal, so that the loop can save and end.
-    A second signal ends the process at once; not under torchrun, which sends a second one itself
-    and kills its processes after 30 s."""
+    """`with Stop() as stop`: Ctrl-C, SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 (Slurm's
+    warning) set stop.signal, so that the loop can save and end. A Ctrl-C after any of them ends the
+    process at once; not under torchrun, which sends another signal itself."""
     def __enter__(self):
-        self.signal = None
-        self._before = {number: signal.signal(number, self._handle)
-                        for number in (signal.SIGINT, signal.SIGTERM)}
+        self.signal, self._before = None, {}
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)  # Windows has the first two
+            if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):  # nohup
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def _handle(self, number, _):
-        if self.signal and WORLD_SIZE == 1:
+        if self.signal and number == signal.SIGINT and WORLD_SIZE == 1:
             os._exit(128 + number)
         self.signal = number
 
     def leave(self, number, checkpoint, step):
         """Print how to resume → the exit status of a command that signal `number` ended."""
-        if RANK == 0:
-            print(f"\nstopped by {signal.Signals(number).name} at step {step}; saved in "
-                  f"{checkpoint}; --resume continues from there", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be closed
+            if RANK == 0:
+                print(f"\nstopped by {signal.Signals(number).name} at step {step}; saved in "
+                      f"{checkpoint}; --resume continues from there", file=sys.stderr)
         return 128 + number
 
     def __exit__(self, *_):

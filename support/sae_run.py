@@ -8,25 +8,18 @@ from support.runtime import UserError
 
 import torch
 
-from support import published
+from support import published, tokens
 from support.activations import HiddenStates, hidden_states
 from support.checkpoint import load_optimizer, model_hash, save_checkpoint
 from support.files import atomic_write
 from support.kernels import linear_cross_entropy, normalize
 from support.log import Log
-from support.tokens import (
-    Batches,
-    check_tokenizer,
-    load_meta,
-    load_tokens,
-    sequential,
-    tokens_hash,
-)
 from support.training import Run
 
 class SAERun(Run):
     """A run of sae.py: its hidden states, where it is, its log and files."""
     title, file, config = "SAE", "sae_ckpt.pt", "sae_config"
+    files = "sae.pt", "sae.json"
     needs = "sae_config", "sae", "uses", "optimizer", "step", "seconds"
     # may change on resume
     free = ("dataset", "concept_model", "out_dir", "log_interval", "save_interval", "device",
@@ -37,15 +30,15 @@ class SAERun(Run):
             raise UserError(f"k={cfg.k} latents cannot be kept of n_concepts={cfg.n_concepts}")
         super().__init__(cfg, max(1, cfg.max_tokens // cfg.batch_size), cfg.batch_size)
         self.gpt, self.device = gpt, device
-        check_tokenizer(cfg, load_meta(cfg.dataset), tokenizer, gpt)
+        tokens.check_tokenizer(cfg, tokens.load_meta(cfg.dataset), tokenizer, gpt)
         self.block_size = T = cfg.block_size or gpt.config.block_size
-        train = load_tokens(cfg.dataset, "train")
-        self.uses = {"train.bin": tokens_hash(train), "concept_model": model_hash(gpt)}
+        train = tokens.load_tokens(cfg.dataset, "train")
+        self.uses = {"train.bin": tokens.tokens_hash(train), "concept_model": model_hash(gpt)}
         if self.content is not None and self.content["uses"] != self.uses:
             changed = [name for name in self.uses if self.content["uses"][name] != self.uses[name]]
             raise UserError(f"{self.out}: {' and '.join(changed)} changed since this SAE was "
                             "trained; --overwrite trains it again")
-        batches = Batches(train, T, max(1, 8192 // T), gpt.config.vocab_size, cfg.seed)
+        batches = tokens.Batches(train, T, max(1, 8192 // T), gpt.config.vocab_size, cfg.seed)
         self.states = HiddenStates(gpt, cfg, batches, device)
         self.dead_tokens = cfg.dead_tokens
         if self.dead_tokens is None:
@@ -69,9 +62,7 @@ class SAERun(Run):
         with super().start():
             if self.step == 0:
                 self.save()
-                for stale in ("sae.pt", "sae.json"):
-                    (self.out / stale).unlink(missing_ok=True)
-                self.log.begin()
+                self.begin()
             yield
 
     def advance(self, fvu, aux, top, stopping):
@@ -105,7 +96,7 @@ class SAERun(Run):
     def end(self):
         """Evaluate the SAE, write sae.json and, last, sae.pt; warn if it is degenerate."""
         cfg = self.cfg
-        val = load_tokens(cfg.dataset, "val")[:cfg.eval_tokens + 1]
+        val = tokens.load_tokens(cfg.dataset, "val")[:cfg.eval_tokens + 1]
         info = dict(concept_model=cfg.concept_model, concept_model_hash=self.uses["concept_model"],
                     concept_layer=cfg.concept_layer, dataset=cfg.dataset,
                     n_concepts=cfg.n_concepts, k=cfg.k, tokens=self.steps * cfg.batch_size,
@@ -122,21 +113,23 @@ class SAERun(Run):
                   file=sys.stderr)
 
 @torch.no_grad()
-def report(sae, gpt, layer, tokens, block_size, device, dead_tokens):
+def report(sae, gpt, layer, val, block_size, device, dead_tokens):
     """How good the SAE is on held-out tokens, as a dict: FVU; L0, active concepts per token; the
     shares of dead latents and of activations that belong to the k most frequent concepts (1: the
     same k everywhere); the model's loss as usual, with reconstructions, and with zeros (nats)."""
     count, error, first, second = 0, 0.0, 0.0, 0.0
     loss = dict(plain=0.0, spliced=0.0, zeros=0.0)
     active = torch.zeros(len(sae.encoder), dtype=torch.long, device=device)  # times it fired
-    for x, y in sequential(tokens, block_size, 8, gpt.config.vocab_size):
+    for x, y in tokens.sequential(val, block_size, 8, gpt.config.vocab_size):
         x, y = x.to(device), y.to(device)
         h = hidden_states(gpt, x, layer).float()
         back, top = sae(h)
         normal, mean, std = normalize(h)
-        error += ((normal - (back - mean) / std).double() ** 2).sum()
-        first = first + normal.double().sum((0, 1))
-        second = second + (normal.double() ** 2).sum()
+        residual = (normal - (back - mean) / std).cpu().double()  # MPS has no float64
+        normal = normal.cpu().double()
+        error += (residual ** 2).sum()
+        first = first + normal.sum((0, 1))
+        second = second + (normal ** 2).sum()
         active += torch.bincount(top.indices[top.values > 0], minlength=len(active))
         for name, state in dict(plain=h, spliced=back, zeros=torch.zeros_like(h)).items():
             h_final, _ = gpt.finish(state, layer + 1)
@@ -149,7 +142,7 @@ def report(sae, gpt, layer, tokens, block_size, device, dead_tokens):
         fvu=(error / (second - (first ** 2).sum() / count)).item(),
         l0=(active.sum() / count).item(),
         commonest_share=(active.topk(sae.k).values.sum() / active.sum()).item(),
-        dead_share=(sae.since_active >= dead_tokens).double().mean().item(),
+        dead_share=(sae.since_active >= dead_tokens).cpu().double().mean().item(),
         **{f"loss_{name}": value for name, value in loss.items()},
         loss_recovered=(loss["zeros"] - loss["spliced"]) / (loss["zeros"] - loss["plain"]))
 

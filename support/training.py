@@ -6,33 +6,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from support.runtime import UserError, explain, progress
+from support.runtime import RANK, UserError, explain, progress
 
 import torch
 
-from support import accounting
-from support.checkpoint import (
-    RUN,
-    check_models,
-    load_checkpoint,
-    load_optimizer,
-    models_used,
-    save_checkpoint,
-)
+from support import accounting, checkpoint, tokens
 from support.cli import parse
 from support.curves import perplexity
 from support.device import compile_model, pick_device, should_compile, uses_bf16
 from support.distributed import Ranks
 from support.log import Log, SpikeDetector
-from support.tokens import (
-    Batches,
-    load_meta,
-    load_tokens,
-    tokenizer_file,
-    tokenizer_of_dataset,
-    tokens_hash,
-    tokens_of_run,
-)
 
 def read_config(cls, argv, doc):
     """The Config of train.py from a command line. UserError: keys that contradict each other."""
@@ -65,19 +48,21 @@ def unused_keys(cfg):
                 attribution_sign=attribution, kd_weight=kd, concept_model=cocomix or kd)
     return [name for name, is_used in used.items() if not is_used]
 
-def wandb_log(cfg):
-    """wandb.log of a run that has begun. UserError: not installed, not logged in."""
+def start_wandb(cfg, run_id):
+    """(wandb.log, the run's id) of a new wandb run, or of the one with this id. UserError: not
+    installed, not logged in."""
     remedy = "pip install wandb, run wandb login, set WANDB_MODE=offline, or drop --wandb_log"
     with explain("wandb does not start", remedy, Exception):
         import wandb
-        wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or cfg.out_dir,
-                   config=asdict(cfg))
-    return wandb.log
+        if not hasattr(wandb, "init"):
+            raise ImportError("the folder wandb/ here is not the package")
+        started = wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or cfg.out_dir,
+                             config=asdict(cfg), id=run_id, resume="allow")
+    return wandb.log, started.id
 
 class Run:
     """What the runs of train.py and sae.py share: resuming, counting, checks, progress bar, clock.
-    UserError: out_dir holds a run that must not be overwritten, or one trained with other keys; a
-    loss or weight that is not finite."""
+    """
     def __init__(self, cfg, steps, tokens_per_step):
         if not cfg.out_dir.strip():
             raise UserError("out_dir is empty: name a folder, such as --out_dir=out/run")
@@ -91,32 +76,48 @@ class Run:
         self._move_to(state["step"])
         self.seconds = state["seconds"]
         self.unchecked, self.spikes = [], SpikeDetector()
-        self.remedy = f"a learning_rate below {cfg.learning_rate} may help"
+        self.remedy = (f"starting again with --overwrite and a learning_rate below "
+                       f"{cfg.learning_rate} may help")
 
     def _open(self):
         """The content of out_dir's checkpoint if this run continues it, else None."""
-        others = {"ckpt.pt", "sae_ckpt.pt", "log.jsonl"} - {self.file}
-        if self.checkpoint.is_file():
-            others.remove("log.jsonl")
-        for other in others:
-            if (self.out / other).exists() and not (other == "log.jsonl" and self.cfg.overwrite):
-                raise UserError(f"{self.out} holds a {other} that is not of this run; choose "
-                                "another --out_dir")
-        if not self.checkpoint.is_file() or self.cfg.overwrite:
+        exists = self.checkpoint.is_file()
+        others = {"ckpt.pt", "sae_ckpt.pt"} - {self.file}
+        if not exists and not self.cfg.overwrite:
+            others.update(("log.jsonl", *self.files))
+        for path in sorted(path for name in others for path in self.out.glob(name)):
+            raise UserError(f"{self.out} holds {path.name}, which is not of this run; choose "
+                            "another --out_dir")
+        if not exists or self.cfg.overwrite:
             if self.cfg.resume:
                 print(f"{self.out}: nothing to resume, starting at step 0")
             return None
         if not self.cfg.resume:
             raise UserError(f"{self.out} already holds a run; --resume continues it, --overwrite "
                             "replaces it, --out_dir=… starts another")
-        content = load_checkpoint(self.checkpoint, self.needs)
+        content = checkpoint.load_checkpoint(self.checkpoint, self.needs)
+        extended = ""
         for name, value in asdict(self.cfg).items():
             before = content[self.config].get(name, value)  # a newer version has more keys
-            if name not in self.free and before != value:
-                raise UserError(f"{self.checkpoint} has {name}={before!r}, but now it is "
-                                f"{value!r}: take it back, or choose another --out_dir")
+            if name in self.free or before == value:
+                continue
+            if name == "max_iters" and content["step"] == before < value:
+                extended = (f"{self.out}: extended from {before} to {value} steps; the learning "
+                            f"rate rises to where the schedule of {value} steps is there")
+                continue
+            raise UserError(f"{self.checkpoint} has {name}={before!r}, but now it is {value!r}: "
+                            "take it back, or choose another --out_dir")
+        if extended:
+            print(extended)
         content[self.config] = asdict(self.cfg)
         return content
+
+    def begin(self):
+        """The first checkpoint is written: what is left of an older run goes."""
+        if RANK == 0:
+            for path in [path for name in self.files for path in self.out.glob(name)]:
+                path.unlink()
+        self.log.begin()
 
     @contextmanager
     def start(self):
@@ -164,11 +165,13 @@ class Run:
 class TrainingRun(Run):
     """A run of train.py: its data, where it is (step, seconds, losses), its log and checkpoints."""
     file, config = "ckpt.pt", "train_config"
-    needs = *RUN, "optimizer", "step", "seconds", "val_loss", "best_val_loss"
+    files = "eval.jsonl", "step_*.pt"  # what else belongs to a run
+    needs = *checkpoint.RUN, "optimizer", "step", "seconds", "val_loss", "best_val_loss"
     # keys that may change on resume; all others affect the losses
     free = ("dataset", "concept_model", "sae", "out_dir", "eval_interval", "keep_checkpoints",
-            "log_interval", "micro_batch_size", "device", "compile", "checkpoint_blocks", "resume",
-            "overwrite", "wandb_log", "wandb_project", "wandb_run_name")
+            "log_interval", "max_tokens", "micro_batch_size", "device", "compile", "resume",
+            "checkpoint_blocks", "init_from", "overwrite", "wandb_log", "wandb_project",
+            "wandb_run_name")
 
     def __init__(self, cfg):
         self.ranks, self.title, self.device = Ranks(), cfg.method, pick_device(cfg.device)
@@ -180,19 +183,20 @@ class TrainingRun(Run):
             print(f"{self.out}: already trained ({self.step} steps, val loss {self.val_loss:.4f} "
                   "on its val sample)")
             return
-        self.meta = load_meta(cfg.dataset)
+        self.meta = tokens.load_meta(cfg.dataset)
         self.vocab_size = self.meta["vocab_size"]
-        train, val = load_tokens(cfg.dataset, "train"), load_tokens(cfg.dataset, "val")
-        if self.content is not None:
-            tokens_of_run(self.content, "train"), tokens_of_run(self.content, "val")  # unchanged?
-        self.uses = {"train.bin": tokens_hash(train), "val.bin": tokens_hash(val)}
-        tokenizer = tokenizer_of_dataset(cfg.dataset)
-        file = tokenizer_file(tokenizer._mergeable_ranks) if tokenizer else b""
+        train, val = (tokens.load_tokens(cfg.dataset, split) for split in ("train", "val"))
+        if self.content is not None:  # they must be unchanged
+            tokens.tokens_of_run(self.content, "train")
+            tokens.tokens_of_run(self.content, "val")
+        self.uses = {"train.bin": tokens.tokens_hash(train), "val.bin": tokens.tokens_hash(val)}
+        tokenizer = tokens.tokenizer_of_dataset(cfg.dataset)
+        file = tokens.tokenizer_file(tokenizer._mergeable_ranks) if tokenizer else b""
         self.tokenizer_file = torch.tensor(list(file), dtype=torch.uint8)
-        self.batches = Batches(train, cfg.block_size, cfg.batch_size, self.vocab_size, cfg.seed,
-                               cfg.shift_blocks, self.ranks.rank, self.ranks.size)
-        self.val_blocks = Batches(val, cfg.block_size, 1, self.vocab_size, shift=False,
-                                  split="val")
+        self.batches = tokens.Batches(train, cfg.block_size, cfg.batch_size, self.vocab_size,
+                                      cfg.seed, cfg.shift_blocks, self.ranks.rank, self.ranks.size)
+        self.val_blocks = tokens.Batches(val, cfg.block_size, 1, self.vocab_size, shift=False,
+                                         split="val")
         self.ranks.join(self.device)
 
     def attach(self, model, optimizer, concept_model, at_steps):
@@ -201,9 +205,9 @@ class TrainingRun(Run):
         cfg, ranks = self.cfg, self.ranks
         self.model, self.optimizer = model, optimizer
         if self.content is not None:
-            load_optimizer(optimizer, self.content, self.checkpoint)
-            check_models(self.content, concept_model)
-        self.uses |= models_used(concept_model)
+            checkpoint.load_optimizer(optimizer, self.content, self.checkpoint)
+            checkpoint.check_models(self.content, concept_model)
+        self.uses |= checkpoint.models_used(concept_model)
         if ranks.sum(self.step) != [self.step * ranks.size]:
             raise UserError(f"processes disagree about {self.checkpoint}: out_dir must be a folder "
                             "that all machines share")
@@ -215,7 +219,9 @@ class TrainingRun(Run):
                                             self.device)
         head = self._head(at_steps)
         self.flops = head["flops_per_token"] + head["concept_flops_per_token"]
-        also = wandb_log(cfg) if cfg.wandb_log and ranks.first else None
+        also, self.wandb_id = None, (self.content or {}).get("wandb_id")
+        if cfg.wandb_log and ranks.first:
+            also, self.wandb_id = start_wandb(cfg, self.wandb_id)
         self.log = Log(self.out / "log.jsonl", self.step, also)
         if self.log.empty:
             self.log.write(head)
@@ -306,16 +312,13 @@ class TrainingRun(Run):
                            tokenizer_file=self.tokenizer_file,
                            step=self.step)
             if self.step and self.at_eval and self.cfg.keep_checkpoints:
-                save_checkpoint(self.out / f"step_{self.step}.pt", **content)
-            save_checkpoint(self.checkpoint, **content | dict(
+                checkpoint.save_checkpoint(self.out / f"step_{self.step}.pt", **content)
+            checkpoint.save_checkpoint(self.checkpoint, **content | dict(
                 optimizer=self.optimizer.state_dict(), seconds=self.seconds, val_loss=self.val_loss,
-                best_val_loss=self.best_val_loss))
+                best_val_loss=self.best_val_loss, wandb_id=self.wandb_id))
         self.ranks.wait()
-        if self.step == 0:  # the first checkpoint is written: what is left of an old run goes
-            for stale in (*self.out.glob("step_*.pt"), *self.out.glob("eval.jsonl")):
-                if self.ranks.first:
-                    stale.unlink()
-            self.log.begin()
+        if self.step == 0:
+            self.begin()
         self.lap()  # evaluations and checkpoints do not count as training time
 
     def end(self):
@@ -329,15 +332,12 @@ class ValBatches:
     """Iterates over (x, y, labels or None), as often as wanted. Label concepts are computed once;
     hidden states, too large to keep, each time."""
     def __init__(self, batches, label_model):
-        self.batches, self.label_model, self.kept = batches, label_model, None
-        self.predicts = label_model is not None
+        self.batches, self.label_model = batches, label_model
+        self.predicts, self.kept = label_model is not None, [None] * len(batches)
         if self.predicts and label_model.target == "concept":
             self.kept = [label_model.labels(x, y) for x, y in batches]
             self.label_model = None  # free its memory, if nobody else needs it
 
     def __iter__(self):
-        for i, (x, y) in enumerate(self.batches):
-            if self.kept is not None:
-                yield x, y, self.kept[i]
-            else:
-                yield x, y, None if self.label_model is None else self.label_model.labels(x, y)
+        for (x, y), labels in zip(self.batches, self.kept, strict=True):
+            yield x, y, self.label_model.labels(x, y) if self.label_model else labels

@@ -8,6 +8,7 @@ from support.runtime import UserError
 import pytest
 
 import sae
+import sample
 import train
 from support.checkpoint import save_checkpoint
 from support.cli import key, parse
@@ -73,6 +74,21 @@ def test_what_is_wrong_is_named(argv, message):
     with pytest.raises(UserError) as e:
         parse(C, argv.split(), most=1)
     assert message in str(e.value) and "\n" not in str(e.value)
+
+@pytest.mark.parametrize("name, ours", [
+    ("lr_decay_iters", "max_iters"), ("gradient_accumulation_steps", "micro_batch_size"),
+    ("always_save_checkpoint", "keep_checkpoints"), ("eval_only", "eval.py RUN"),
+    ("decay_lr", "min_lr"), ("backend", "device")])
+def test_nanogpts_names_lead_to_ours(name, ours, tmp_path):
+    (tmp_path / "a.py").write_text(f"{name} = 1\nother = 2\n")
+    for argv in ([f"--{name}=1"], [str(tmp_path / "a.py")]):
+        with pytest.raises(UserError, match=f"unknown key '{name}.*; .*{ours}"):
+            parse(train.Config, argv)
+
+@pytest.mark.parametrize("name", ["init_from", "compile", "dtype"])
+def test_nanogpts_names_in_other_scripts(name):
+    with pytest.raises(UserError, match=f"unknown key '{name}'; .*(name the run|only train.py)"):
+        parse(sample.Config, [f"--{name}=x"])
 
 def test_config_files_and_the_command_line_over_them(tmp_path):
     (tmp_path / "a.py").write_text("# comment\nfrom math import sqrt\ncount = 2 * 3\nrate = 1\n"

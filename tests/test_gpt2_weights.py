@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from conftest import run
 
 import eval as evaluation
-from model import load_gpt
+from model import GPT, ModelConfig, load_gpt
 from support import published, tokens
-from support.published import HUB, load_sae
+from support.published import HUB, load_sae, start_from
 from support.tokens import load_tokenizer
 
 CONFIG = dict(model_type="gpt2", vocab_size=211, n_positions=32, n_embd=64, n_layer=3, n_head=4,
@@ -114,6 +114,15 @@ def test_every_layout_of_a_folder_gives_the_hubs_logits(tmp_path, capsys, kind, 
     assert (hub_logits(state, X, n_head=1) - logits).abs().max() > 0.1
     for file in tmp_path.glob("*.index.json"):
         close(load_gpt(str(file))[0], logits)
+
+def test_a_new_model_starts_from_such_weights(tmp_path):
+    folder, state = str(tmp_path), hub_weights()
+    write(tmp_path, state)
+    model = GPT(ModelConfig(block_size=32, vocab_size=211, n_layer=3, n_head=4, n_embd=64)).eval()
+    start_from(folder, model, "unknown, 211 tokens", None)
+    close(model, hub_logits(state, X))
+    with pytest.raises(UserError, match="another tokenizer than the dataset"):
+        start_from(folder, model, "gpt2", None)
 
 def test_a_half_precision_file_is_read_in_its_precision(tmp_path):
     for dtype in (torch.float16, torch.bfloat16):

@@ -186,6 +186,15 @@ TRAIN = {  # what is wrong: (arguments, what the line must say)
         ("{data} --learning_rate=1e30 --grad_clip=0", "not finite", "learning_rate below"),
     "a GPT-2 that is not fetched by name":
         ("{data} --method=cocomix --concept_model=gpt2-xxl", "no checkpoint at", "gpt2-xl"),
+    "starting from a wider model":
+        ("{data} --n_embd=24 --init_from={chain}/gpt", "another shape", "give it --n_embd=16"),
+    "starting from a model with biases":
+        ("{data} --bias=false --init_from={chain}/gpt", "give it --bias=True"),
+    "starting from a shorter context":
+        ("{data} --block_size=64 --init_from={chain}/gpt", "block_size=64 is over the 32"),
+    "starting from another tokenizer":
+        ("--dataset={bad}/other --init_from={chain}/gpt", "another tokenizer than the dataset"),
+    "starting from nowhere": ("{data} --init_from={bad}/nowhere", "no checkpoint at", "gpt2"),
     "a seed too large": ("--seed=99999999999999999999", "seed=", "4294967295"),
     "meta.json that is a list":
         ("--dataset={bad}/list", "meta.json is damaged", "prepare the dataset again"),
@@ -272,6 +281,7 @@ SAMPLE = {
     "heads that do not divide the width": ("{bad}/heads", "n_embd=16", "n_head=7"),
     "a folder as a prompt": ("{chain}/ntp --start=FILE:{bad}", "Is a directory"),
     "no samples": ("{chain}/ntp --num_samples=0", "num_samples='0'", "at least 1"),
+    "a run named by nanoGPT's key": ("--out_dir={chain}/ntp", "name the run without a key"),
     "two runs to sample from": ("{chain}/ntp {chain}/cocomix", "unexpected argument", "cocomix"),
     "words without a factor":
         ("{chain}/cocomix --steer=kitchen --device=cpu", "steer='kitchen'", "CONCEPT:FACTOR"),
@@ -340,7 +350,7 @@ SAES = {
 TEXT = {
     "val that is also input":
         ("--input={bad}/tiny.txt --val={bad}/tiny.txt {out}", "both input and val"),
-    "a folder as input": ("--input={bad} {out}", "expected .txt, .md or .jsonl"),
+    "a folder without text": ("--input={bad}/short {out}", "expected .txt, .md or .jsonl"),
     "empty input": ("--input={bad}/empty.jsonl --val={bad}/tiny.txt {out}", "too short: 0 train"),
     "no input": ("", "--input", "needed"),
     "no input file": ("--input={bad}/none.txt", "No such file", "none.txt"),
@@ -371,7 +381,7 @@ STDLIB = {
 }
 
 HUB = {
-    "too few documents": ("--num_docs=3", "num_docs='3'", "at least 100"),
+    "too few documents": ("--num_docs=3", "num_docs='3'", "at least 21"),
     "a missing source":
         ("--source={bad}/nowhere --out={bad}/x --tokenizer=stdlib",
          "no train-*.parquet under", "nowhere"),
@@ -449,6 +459,33 @@ def test_without_a_network_the_place_for_the_sae_is_named(tmp_path, monkeypatch)
     monkeypatch.setenv("COCOMIX_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="can't be fetched .* by hand as .*sae-openai-layer5.pt"):
         sae.load_sae("openai", 5, 768)
+
+@pytest.mark.parametrize("home", ["none", "read-only"])
+def test_without_a_home_the_sae_needs_another_folder(tmp_path, monkeypatch, home):
+    """As in a container whose user has no entry in /etc/passwd."""
+    monkeypatch.delenv("COCOMIX_CACHE", raising=False)
+    monkeypatch.setenv("HOME", "/proc/self")  # where nothing can be written
+    if home == "none":
+        def no_home():
+            raise RuntimeError("Could not determine home directory.")
+        monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(UserError, match="set COCOMIX_CACHE to"):
+        sae.load_sae("openai", 5, 768)
+    if home == "none":  # no home is needed then
+        monkeypatch.setenv("COCOMIX_CACHE", str(tmp_path))
+        (tmp_path / "sae-openai-layer5.pt").touch()
+        with pytest.raises(UserError, match="can't be read as an SAE"):
+            sae.load_sae("openai", 5, 768)
+
+@pytest.mark.slow
+def test_compiling_without_a_compiler_is_one_line(dataset, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, f"--dataset={dataset}",
+               f"--out_dir={tmp_path}", "--compile=true"]
+    env = os.environ | dict(CXX=str(tmp_path / "none"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "c"))
+    process = subprocess.run(command, capture_output=True, text=True, env=env)
+    line, = messages(process.stderr)
+    assert process.returncode == 1 and line.startswith("error: torch.compile failed (")
+    assert "C++ compiler" in line and "--compile=false" in line
 
 LIMITED = """
 import resource, signal, sys

@@ -163,6 +163,26 @@ def test_a_run_does_not_write_into_anothers_folder(copy, owner, other):
     assert status[0] == 1 and "not of this run" in status[2], status
     assert {p.name: p.read_bytes() for p in (folder / owner).iterdir()} == before
 
+@pytest.mark.parametrize("script, name", [
+    ("train", "log.jsonl"), ("train", "step_4.pt"), ("train", "eval.jsonl"), ("sae", "sae.pt"),
+    ("sae", "sae.json"), ("sae", "log.jsonl")])
+def test_a_file_of_a_runs_name_is_replaced_only_on_demand(copy, script, name):
+    folder, _ = copy
+    out = folder / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    main, keys = dict(train=(train.main, [*TINY, "--method=ntp"]),
+                      sae=(sae.main, [*TINY_SAE, f"--concept_model={folder / 'gpt'}",
+                                      "--max_tokens=256", "--eval_tokens=500"]))[script]
+    keys = [*keys, f"--dataset={folder / 'data'}", f"--out_dir={out}"]
+    for more in ([], ["--resume"]):
+        status, _, err = run(main, *keys, *more)
+        assert status == 1 and f"holds {name}, which is not of this run" in err
+        assert [(p.name, p.read_text()) for p in out.iterdir()] == [(name, "mine")]
+    status, _, err = run(main, *keys, "--overwrite")
+    assert status == 0, err
+    assert not (out / name).is_file() or (out / name).read_bytes() != b"mine"
+
 def test_results_are_printed_where_they_cannot_be_kept(copy):
     folder, _ = copy
     (folder / "cocomix" / "eval.jsonl").mkdir()

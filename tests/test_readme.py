@@ -31,7 +31,7 @@ CONFIGS = {"train.py": train.Config, "sae.py": sae.Config, "concepts.py": concep
            "data/stdlib/prepare.py": script("stdlib").Config, "results/run.py": experiment.Config}
 FILES = dict.fromkeys(("train.py", "sae.py", "bench.py"), True) | {"concepts.py": "shared"}
 DEMO = {f"out/stdlib/{name}" for name in ("gpt", "sae", "ntp", "cocomix")}  # built by make demo
-OTHER_KEYS = {"debug", "help", "standalone", "nproc_per_node"}  # of every script; of torchrun
+OTHER_KEYS = {"debug", "help", "standalone", "nproc_per_node", "torch"}  # of torchrun, of pip, …
 page_by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 def fences(page):

@@ -43,9 +43,11 @@ def test_losses_and_gradients_equal_the_dense_formulas(k_aux, n_dead):
     pre, c = reference.sae_preactivations(sae, x), reference.sae_encode(sae, x)
     residual = x - (c @ sae.decoder + sae.pre_bias)
     fvu = residual.pow(2).sum() / (x - x.mean(0)).pow(2).sum()
-    target = residual.detach()
+    # as openai's trainer: both with b_pre, a constant in the target
+    target = residual.detach() + sae.pre_bias.detach()
     values, indices = pre.masked_fill(~dead, -torch.inf).topk(k_aux)
     rebuilt = torch.zeros_like(pre).scatter(-1, indices, values.relu()) @ sae.decoder
+    rebuilt = rebuilt + sae.pre_bias
     aux = (target - rebuilt).pow(2).sum() / (target - target.mean(0)).pow(2).sum()
     ours_fvu, ours_aux, top = losses(sae, x, dead, k_aux)
     torch.testing.assert_close(ours_fvu, fvu)

@@ -30,8 +30,8 @@ ROOT = Path(train.__file__).resolve().parent
 VARIANTS = [("none", "interleave"), ("pause", "interleave"), ("concept", "interleave"),
             ("concept", "add"), ("concept", "none"), ("hidden", "interleave")]
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."
-REPORTED = ("error: out of memory: a smaller --micro_batch_size (or --batch_size) needs less "
-            f"({OUT_OF_MEMORY})")
+REPORTED = ("error: out of memory: a smaller --batch_size (train.py: --micro_batch_size) needs "
+            f"less ({OUT_OF_MEMORY})")
 torch_compile = torch.compile
 
 def teacher_keys(chain, method, *more):
@@ -364,7 +364,11 @@ def test_dropout_depends_only_on_seed_step_and_process():
 
 def test_wandb_gets_the_lines_of_the_log(dataset, tmp_path, monkeypatch):
     inits, lines = [], []
-    fake = types.SimpleNamespace(init=lambda **keys: inits.append(keys),
+
+    def init(**keys):
+        inits.append(keys)
+        return types.SimpleNamespace(id="a")
+    fake = types.SimpleNamespace(init=init,
                                  log=lambda values, step: lines.append((step, values)))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     argv = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}"]
@@ -483,7 +487,7 @@ def test_the_peak_of_a_step_on_the_gpu_fits_its_estimate(insert, taught, checkpo
     x = torch.randint(50257, (8, 1024), device=device)
     before = torch.cuda.memory_allocated(device)
     for _ in range(2):  # the second with the optimizer's state
-        targets = teacher.targets(x, x)
+        targets = teacher.concept_targets(x, x)
         with torch.autocast("cuda", dtype=torch.bfloat16):
             losses = train.step_losses(forward, cfg, x, x, targets)
         losses.total.backward()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from support.runtime import UserError
 
@@ -176,13 +177,99 @@ def test_a_finished_run_is_not_run_again_and_none_is_overwritten(chain, dataset)
     assert status == 1 and "seed=1" in err
     assert path.read_bytes() == before
 
+def test_a_finished_run_can_be_extended(dataset, tmp_path):
+    argv = arguments(dataset, tmp_path, "--method=ntp")
+    trained(*argv)
+    status, out, err = run(train.main, *argv, "--resume", "--max_iters=12")
+    assert status == 0 and "extended from 8 to 12 steps; the learning rate rises to" in out, err
+    log = read_log(tmp_path / "log.jsonl")
+    assert [line["step"] for line in log if "loss" in line] == list(range(1, 13))
+    cfg = train.Config(max_iters=12, learning_rate=1e-3)
+    rates = [train.learning_rate(cfg, step) for step in range(8, 12)]
+    assert values_of(log, "lr")[8:] == pytest.approx(rates) and rates[0] > values_of(log, "lr")[7]
+    assert run(train.main, *argv, "--resume", "--max_iters=12")[1].count("already trained (12") == 1
+    status, _, err = run(train.main, *argv, "--resume", "--max_iters=10")
+    assert status == 1 and "has max_iters=12, but now it is 10" in err
+    status, out, _ = run(train.main, *argv, "--resume", "--max_iters=20", "--weight_decay=0.3")
+    assert status == 1 and "extended" not in out  # it is not
+
+def test_an_unfinished_run_keeps_its_schedule(dataset, tmp_path):
+    with StopAt(6):
+        run(train.main, *arguments(dataset, tmp_path))
+    status, _, err = run(train.main, *arguments(dataset, tmp_path, "--resume", "--max_iters=12"))
+    assert status == 1 and "has max_iters=8, but now it is 12" in err
+
+def test_a_resumed_run_continues_the_same_wandb_run(dataset, tmp_path, monkeypatch):
+    started, lines = [], []
+
+    def init(id, resume, **_):
+        started.append(id)
+        return SimpleNamespace(id=id or f"new{len(started)}")
+    package = SimpleNamespace(init=init, log=lambda line, step: lines.append(step))
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    argv = arguments(dataset, tmp_path, "--wandb_log")
+    with StopAt(6):
+        run(train.main, *argv)
+    trained(*argv, "--resume")
+    trained(*argv, "--overwrite")
+    assert started == [None, "new1", None] and lines[:3] == [0, 0, 1]
+    assert load_checkpoint(tmp_path)["wandb_id"] == "new3"
+
+def test_a_folder_named_wandb_is_not_the_package(dataset, tmp_path, monkeypatch):
+    (tmp_path / "wandb" / "run-1").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    status, _, err = run(train.main, *arguments(dataset, tmp_path / "run", "--wandb_log"))
+    assert status == 1 and "the folder wandb/ here is not the package; pip install wandb" in err
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+
+# -- starting from weights -------------------------------------------------------------------------
+
+def val_losses(folder):
+    return values_of(read_log(folder / "log.jsonl"), "val_loss")
+
+def test_a_run_starts_from_another(chain, dataset, tmp_path):
+    trained(*arguments(dataset, tmp_path / "ntp", f"--init_from={chain['gpt']}", "--max_iters=0",
+                       "--block_size=16"))
+    old, new = (load_checkpoint(folder)["model"] for folder in (chain["gpt"], tmp_path / "ntp"))
+    assert torch.equal(old.pop("wpe.weight")[:16], new.pop("wpe.weight"))
+    assert all(torch.equal(t, new[name]) for name, t in old.items()) and len(old) == len(new)
+    longer = arguments(dataset, tmp_path / "ntp", "--resume", "--max_iters=1", "--block_size=16")
+    status, out, err = run(train.main, *longer)  # its weights are in the checkpoint: no --init_from
+    assert status == 0 and "extended from 0 to 1" in out, err
+
+@pytest.mark.parametrize("mix", ["add", "interleave_residual"])
+def test_a_new_mixer_hardly_changes_a_pretrained_model(chain, dataset, tmp_path, mix):
+    start = f"--init_from={chain['gpt']}"
+    trained(*arguments(dataset, tmp_path / "ntp", start, "--max_iters=0"))
+    trained(*arguments(dataset, tmp_path / "new", start, "--max_iters=0", *cocomix(chain),
+                       f"--mix={mix}"))
+    plain, = val_losses(tmp_path / "ntp")
+    assert val_losses(tmp_path / "new") == pytest.approx([plain], abs=0.05)
+    new, old = (load_checkpoint(folder)["model"] for folder in (tmp_path / "new", chain["gpt"]))
+    fresh = {name for name in new if name not in old}
+    assert fresh and all(name.startswith("mixer.") for name in fresh)
+    assert all(torch.equal(t, new[name]) for name, t in old.items())
+
+def test_a_run_starts_from_one_with_the_same_mixer(chain, dataset, tmp_path):
+    start = [f"--init_from={chain['cocomix']}", "--max_iters=0", *cocomix(chain)]
+    trained(*arguments(dataset, tmp_path / "same", *start))
+    old, new = (load_checkpoint(f)["model"] for f in (chain["cocomix"], tmp_path / "same"))
+    assert all(torch.equal(t, new[name]) for name, t in old.items()) and len(old) == len(new)
+    for keys, message in (("--mix=add", "another shape than this run: give it --mix=interleave\n"),
+                          ("--insert_layer=2", "give it --insert_layer=1\n"),
+                          ("--method=ntp", "has a concept mixer, unlike this run")):
+        status, _, err = run(train.main, *arguments(dataset, tmp_path / "b", *start, *keys.split()))
+        assert status == 1 and message in err and err.count("\n") == 1, err
+
 def wait_for(condition, seconds):
     deadline = time.time() + seconds
     while not condition() and time.time() < deadline:
         time.sleep(0.02)
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
-                                    signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGINT] + [
+    pytest.param(number, marks=pytest.mark.slow)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)])
 def test_a_signal_saves_and_the_run_can_resume(dataset, tmp_path, number):
     """In a real process, as a person would stop it."""
     argv = arguments(dataset, tmp_path, "--max_iters=100000", "--eval_interval=100000")

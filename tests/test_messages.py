@@ -366,7 +366,7 @@ TEXT = {
     "a BPE of an impossible size":
         ("--input={bad}/tiny.txt --tokenizer=bpe:99 --out={bad}/x", "bpe:99", "257 to 65536"),
     "JSON nested too deeply":
-        ("--input={bad}/deep.jsonl {out}", "deep.jsonl, line 1", "RecursionError"),
+        ("--input={bad}/deep.jsonl {out}", "deep.jsonl, line 1", "not JSON"),
     "an .xz file that is none": ("--input={bad}/wrong.txt.xz {out}", "wrong.txt.xz is damaged"),
     "a file as a folder for a dataset":
         ("--input={bad}/latin.txt --tokenizer=stdlib --out={dataset}/train.bin/x",

@@ -236,7 +236,7 @@ def save_figure(figure, path):
                 ".pdf": {"Creator": MARK, "CreationDate": None}}
     for file in picture_files(path):
         file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=150, metadata=metadata[file.suffix])
+        figure.savefig(file, dpi=100, metadata=metadata[file.suffix])
     return " ".join(map(str, picture_files(path)))
 
 def count_axis(axis):

@@ -57,7 +57,7 @@ def read_model(name):
 
 def start_from(name, model, tokenizer, concept_model):
     """Copy the weights of a run or of GPT-2 (see read_model) into a new GPT for a dataset with this
-    tokenizer (its hash). A mixer is copied, too; if there is none, the new one stays as it is.
+    tokenizer (its hash). A mixer is copied, too; if there is none, the new one stays fresh.
     UserError: another shape, tokenizer, mixer or concept model."""
     content, new = read_model(name), model.config
     if content["tokenizer_hash"] != tokenizer:

@@ -26,7 +26,7 @@ from support.concept_index import describe, find, used
 from support.curves import perplexity
 from support.engine import concepts_at, decoder, read, stream
 from support.steering import LOSS_TOKENS, scales
-from support.tokens import Batches
+from support.tokens import Batches, encode_text
 
 PAGE = Path(__file__).with_name("serve.html")
 FACTOR, SLIDERS, TOKENS, HOTTEST = 10, 8, 400, 5  # the most of each; HOTTEST: temperature
@@ -90,7 +90,7 @@ class Playground:
         text, factors = body.get("prompt"), body["factors"]
         if not isinstance(text, str) or len(text) > CHARACTERS or len(factors) > SLIDERS:
             raise UserError(f"at most {CHARACTERS:,} characters of text and {SLIDERS} concepts")
-        prompt = self.tokenizer.encode(text, allowed_special="all") or [self.tokenizer.eot_token]
+        prompt = encode_text(self.tokenizer, text, special=True) or [self.tokenizer.eot_token]
         if len(prompt) > self.block_size:
             raise UserError(f"a prompt of {len(prompt)} tokens; at most {self.block_size} fit")
         factors = {self.concept_id(concept): number(factors, concept, -FACTOR, FACTOR, float)

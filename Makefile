@@ -2,8 +2,8 @@
 #                  concept report, steering
 # make ablations   every baseline and ablation of the paper at the demo's size: about an hour on
 #                  2 cores; run it again to resume
-# make books       the comparison on books (BOOKS=their folder, SIZE=cpu or gpu): hours on a CPU; run
-#                  it again to resume
+# make books       the comparison on books (BOOKS=their folder; SIZE=cpu: hours, cpu-long: a day,
+#                  gpu: minutes); run it again to resume
 # make test        ruff and the tests: about 3 minutes after the install
 # make test-all    also the slow tests (kills, soaks, comparisons with other libraries)
 PYTHON ?= python3
@@ -16,7 +16,7 @@ ablations: .venv/installed
 	$(PY) results/run.py results/stdlib-ablations
 
 books: .venv/installed
-	$(PY) results/run.py results/books-$(if $(filter gpu,$(SIZE)),h200,cpu)
+	$(PY) results/run.py results/books-$(if $(filter gpu,$(SIZE)),h200,$(or $(SIZE),cpu))
 
 test: .venv/ruff
 	$(PY) -m ruff check .

@@ -190,28 +190,27 @@ def remove_if_edited(folder, command):
     with atomic_write(note) as file:
         file.write(command.encode())
 
-def train_models(out, folder, models, threads):
-    """Train models {name: command} in order and copy their logs into the experiment's folder."""
-    for name, command in models.items():
-        remove_if_edited(out / name, command)
-        call(f"{command} --out_dir={(out / name).relative_to(ROOT)} --resume", name,
-             out / f"{name}.txt", threads)
-        shutil.copy(out / name / "log.jsonl", folder / f"{name}.jsonl")
-        if (out / name / "sae.json").is_file():
-            shutil.copy(out / name / "sae.json", folder / f"{name}.json")
+def train_model(e, folder, name, command, earlier, threads):
+    """Train a model of `before` and copy its log into the experiment's folder. earlier: the
+    commands of the models that it may have learned from."""
+    out = ROOT / e["out"] / name
+    remove_if_edited(out, " # after: ".join([command, *earlier]))
+    call(f"{command} --out_dir={Path(e['out']) / name} --resume", name,
+         out.with_name(f"{name}.txt"), threads)
+    shutil.copy(out / "log.jsonl", folder / f"{name}.jsonl")
+    if (out / "sae.json").is_file():
+        shutil.copy(out / "sae.json", folder / f"{name}.json")
 
-def train_before(e, out, folder, jobs, threads):
-    """Prepare the data and train the models that jobs use: one set, or one for each seed."""
+def train_before(e, folder, jobs, threads):
+    """Prepare the data and train the models that jobs use, those of all seeds side by side."""
     for command in e["prepare"]:
-        call(command, "prepare", out / "prepare.txt", None)
-    sets = []
-    for job in jobs:
-        models = models_of(e, job.seed)
-        if models not in sets:
-            sets.append(models)
-    threads = None if len(sets) == 1 else threads
-    in_parallel([functools.partial(train_models, out, folder, models, threads) for models in sets],
-                e["at_once"])
+        call(command, "prepare", ROOT / e["out"] / "prepare.txt", None)
+    sets = [list(models_of(e, seed).items()) for seed in dict.fromkeys(job.seed for job in jobs)]
+    for i in range(len(e["before"])):
+        models = {models[i]: [command for _, command in models[:i]] for models in sets}
+        in_parallel([functools.partial(train_model, e, folder, *model, earlier,
+                                       None if len(models) == 1 else threads)
+                     for model, earlier in models.items()], e["at_once"])
 
 def run_job(job, out, folder, threads, machine):
     """Train one run and copy its log, with command and machine, into the experiment's folder."""
@@ -228,7 +227,7 @@ def run_jobs(e, folder, jobs):
     threads = max(1, os.cpu_count() // at_once)
     machine = (f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}; "
                f"{at_once} run{'s' * (at_once > 1)} at once")
-    train_before(e, out, folder, jobs, threads)
+    train_before(e, folder, jobs, threads)
     with progress(len(jobs), folder.name, "run") as bar:
         def run_one(job):
             run_job(job, out, folder, threads, machine)

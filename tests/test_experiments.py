@@ -100,6 +100,35 @@ def test_the_output_of_a_command_is_kept_until_the_command_changes(tmp_path):
         run_after("fail", again=[1])
     assert not kept.exists()  # not the output of earlier runs
 
+def test_models_before_the_runs_are_trained_once_each_and_again_after_a_change(
+        tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(experiment, "ROOT", tmp_path)
+    started = []
+
+    def call(command, name, log, threads):
+        started.append((name, threads))
+        folder = log.with_suffix("")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log.jsonl").write_text(command)
+    monkeypatch.setattr(experiment, "call", call)
+
+    def train(gpt):
+        before = {"gpt": gpt, "sae-SEED": "sae.py --seed=SEED", "more-SEED": "train.py"}
+        e = experiment.EXPERIMENT | dict(out="out", before=before, runs={"a": "train.py"},
+                                         seeds=(1, 2), at_once=2)
+        experiment.train_before(e, tmp_path / "results", experiment.jobs_of(e), 1)
+    train("train.py")
+    assert started[0] == ("gpt", None)
+    assert sorted(started[1:]) == [(f"{name}-{seed}", 1) for name in ("more", "sae")
+                                   for seed in (1, 2)]
+    mine = tmp_path / "out" / "sae-1" / "mine"
+    mine.touch()
+    train("train.py")
+    assert mine.exists()  # nothing has changed
+    train("train.py --n_layer=2")
+    assert not mine.exists() and (tmp_path / "results" / "sae-1.jsonl").is_file()
+
 @pytest.mark.slow
 def test_an_experiment_runs_what_is_missing(dataset, tmp_path, monkeypatch):
     folder, out, calls, call = tmp_path / "results", tmp_path / "out", [], experiment.call
@@ -148,13 +177,16 @@ def test_an_experiment_runs_what_is_missing(dataset, tmp_path, monkeypatch):
     assert status == 1 and "n_embd=16 is not divisible" in err
 
 @pytest.mark.parametrize("name, rows",
-                         [("stdlib-ablations", 25), ("books-cpu", 19), ("books-h200", 8)])
+                         [("stdlib-ablations", 25), ("books-cpu", 19), ("books-cpu-long", 13),
+                          ("books-h200", 8)])
 def test_each_row_of_an_experiment_is_a_run_that_its_script_accepts(name, rows):
     e = experiment.read_experiment(ROOT / "results" / name / "experiment.py")
     commands = [*e["before"].values(), *(f"{row} {e['every']}" for row in e["runs"].values())]
     for command in commands:
         script, *argv = command.replace("SEED", "1").split()
         argv = [str(ROOT / arg) if arg.startswith("config/") else arg for arg in argv]
+        if script.endswith("schedule.py"):
+            script, argv = "train.py", [arg for arg in argv if not arg.startswith("--until=")]
         cfg, rest = cli.parse({"train.py": train, "sae.py": sae}[script].Config, argv)
         assert not rest
         if script == "train.py":

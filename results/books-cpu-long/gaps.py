@@ -1,0 +1,115 @@
+"""The lead over NTP as training goes on, and where students pass their concept model.
+
+    python results/books-cpu-long/gaps.py
+
+Reads the logs in this folder and writes gaps.md and gaps.png, gaps.svg. After T tokens, with the
+same seed, batches and learning rates:
+
+    gap           a row's validation loss minus NTP's, in nats
+    tokens saved  1 - t/T, where t is how many tokens the row needed for NTP's loss after T tokens
+
+A student passes its concept model at the first evaluation from which on its validation loss is
+below that of the finished concept model, on the same validation tokens.
+"""
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from support.runtime import run
+
+from support import curves
+from support.log import read_log
+
+HERE = Path(__file__).resolve().parent
+ROWS = {"ntp": "NTP", "kd": "KD", "kd_weight_1": "KD, weight 1", "cocomix": "CoCoMix",
+        "cocomix_tuned": "CoCoMix, tuned", "tuned_nothing_mixed_in": "tuned, nothing mixed in",
+        "tuned_kd_weight_1": "tuned + KD, weight 1", "tuned_half": "tuned, half",
+        "kd_weight_1_half": "KD, weight 1, half"}
+
+def read_curves():
+    """{row: Curve} of the finished runs, NTP first."""
+    logs = {path.stem: read_log(path) for path in HERE.glob("*.jsonl")}
+    found = curves.read_curves({name: log for name, log in logs.items()
+                                if name.rpartition("-")[0] in ROWS})
+    return {title: found[name] for name, title in ROWS.items() if name in found}
+
+def gaps(curve, ntp):
+    """{seed: the row's loss minus NTP's after each of its tokens}."""
+    return {seed: [loss - other for loss, other in zip(losses, ntp.losses[seed], strict=True)]
+            for seed, losses in curve.losses.items() if seed in ntp.losses}
+
+def saved(curve, ntp):
+    """{seed: the share of tokens saved after each of its tokens, None where none are}."""
+    found = {}
+    for seed, losses in curve.losses.items():
+        needed = [curves.tokens_to_reach(curve.tokens[:i + 1], losses[:i + 1], goal)
+                  for i, goal in enumerate(ntp.losses.get(seed, []))]
+        found[seed] = [None if n is None else 1 - n / t
+                       for n, t in zip(needed, curve.tokens, strict=False)]
+    return found
+
+def crossing(tokens, losses, goal):
+    """The tokens after which a curve's losses stay below `goal`; None if they don't."""
+    above = [i for i, loss in enumerate(losses) if loss >= goal]
+    first = above[-1] + 1 if above else 0
+    return tokens[first] if first < len(tokens) else None
+
+def concept_losses():
+    """{seed: the validation loss of its finished concept model}."""
+    logs = [read_log(path) for path in sorted(HERE.glob("gpt-*.jsonl"))]
+    return {log[0]["seed"]: log[-1]["val_loss"] for log in logs}
+
+def table(found):
+    """A row for each method: its gap to NTP at eighths of training, and where it passes."""
+    ntp, goals = found["NTP"], concept_losses()
+    tokens = ntp.tokens
+    shown = [tokens[round(i * len(tokens) / 8) - 1] for i in range(1, 9)]
+    rows = []
+    for title, curve in found.items():
+        differences, cells = gaps(curve, ntp), []
+        for t in shown:
+            i = tokens.index(t)
+            cells.append("–" if title == "NTP" else
+                         curves.spread(values[i] for values in differences.values()))
+        passed = [crossing(tokens, losses, goals[seed]) for seed, losses in curve.losses.items()]
+        cells.append("never" if None in passed else curves.spread((t / 1e6 for t in passed), ".1f"))
+        rows.append([title, str(len(curve.losses)), *cells])
+    return curves.markdown(["run", "seeds", *(f"{t / 1e6:.1f}M" for t in shown),
+                            "passes its concept model at (M tokens)"], rows)
+
+def draw(found):
+    figure, axes = curves.new_figure(1, 2, 11, 4)
+    ntp = found["NTP"]
+    for title, curve in found.items():
+        for axis, per_seed in zip(axes, (gaps(curve, ntp), saved(curve, ntp)), strict=True):
+            if title == "NTP":
+                axis.axhline(0, color="black", linewidth=1)
+                axis.plot([], [], color="black", label=title)
+                continue
+            at = [(t, [v for v in values if v is not None])
+                  for t, values in zip(curve.tokens, zip(*per_seed.values(), strict=True),
+                                       strict=True)]
+            at = [(t, values) for t, values in at if len(values) == len(per_seed)]
+            x = [t for t, _ in at]
+            line, = axis.plot(x, [statistics.fmean(v) for _, v in at], label=title)
+            axis.fill_between(x, [min(v) for _, v in at], [max(v) for _, v in at], alpha=0.2,
+                              color=line.get_color(), linewidth=0)
+    for axis in axes:
+        axis.set_xlabel("training tokens")
+        curves.count_axis(axis)
+    axes[0].set_ylabel("validation loss minus NTP's (nats)")
+    axes[0].set_ylim(-0.5, 0.2)
+    axes[1].set_ylabel("tokens saved to reach NTP's loss")
+    axes[1].yaxis.set_major_formatter("{x:.0%}")
+    axes[0].legend(frameon=False, fontsize=8)
+    return curves.save_figure(figure, HERE / "gaps")
+
+def main(_):
+    found = read_curves()
+    text = table(found)
+    (HERE / "gaps.md").write_text(text + "\n")
+    print(f"{text}\ngaps: {draw(found)}")
+
+if __name__ == "__main__":
+    run(main)

@@ -6,7 +6,8 @@
 The steps, in this order: the tests that need a GPU; gpu_kernels.py; bench.py for NTP, Pause, KD
 and CoCoMix at 69M, 124M and 386M, one row each, appended to bench-h200.jsonl; the comparison on
 books. The output of each is in gpu/STEP.txt next to this file. If stopped, run the same command
-again: finished steps are skipped and the books resume.
+again: finished steps are skipped and the books resume. The environment's BOOKS is their folder, and
+without a network TIKTOKEN_CACHE_DIR one with GPT-2's tokenizer.
 """
 import shlex
 import subprocess

@@ -4,11 +4,8 @@
 #         --out_dir=out/cocomix_own_124m
 method = "ntp"
 out_dir = "out/gpt2_124m"
-dataset = "openwebtext"
 n_layer = 12
 n_head = 12
 n_embd = 768
-block_size = 1024
 batch_size = 512         # sequences: 0.5M tokens per step
 max_tokens = 20_000_000_000
-learning_rate = 6e-4     # peak; warm-up over 1/300 of the steps, cosine decay to a tenth

@@ -1,13 +1,9 @@
 # Knowledge distillation, a baseline for cocomix_1b.py: equal active parameters, same batches.
 method = "kd"
 out_dir = "out/kd_1b"
-dataset = "openwebtext"
-concept_model = "gpt2"   # the teacher: frozen, 124M parameters
-kd_weight = 0.1
 n_layer = 24
 n_head = 16
 n_embd = 2096            # CoCoMix: 2048
-block_size = 1024
 batch_size = 1024        # sequences: 1M tokens per step
 max_tokens = 20_000_000_000
 learning_rate = 2e-4     # peak; warm-up over 1/300 of the steps, cosine decay to a tenth

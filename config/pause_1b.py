@@ -1,12 +1,10 @@
 # Pause vectors, a baseline for cocomix_1b.py: equal active parameters, same batches.
 method = "pause"
 out_dir = "out/pause_1b"
-dataset = "openwebtext"
 insert_layer = 5         # interleave pause vectors at the input of the 6th block
 n_layer = 24
 n_head = 16
 n_embd = 2096            # CoCoMix: 2048
-block_size = 1024
 batch_size = 1024        # sequences: 1M tokens per step
 max_tokens = 20_000_000_000
 learning_rate = 2e-4     # peak; warm-up over 1/300 of the steps, cosine decay to a tenth

@@ -1,12 +1,9 @@
 # Pause vectors, a baseline for cocomix_69m.py: equal active parameters, same batches.
 method = "pause"
 out_dir = "out/pause_69m"
-dataset = "openwebtext"
 insert_layer = 3         # interleave pause vectors at the input of the 4th block
 n_layer = 8
 n_head = 8
 n_embd = 624             # CoCoMix: 512
-block_size = 1024
 batch_size = 512         # sequences: 0.5M tokens per step
 max_tokens = 20_000_000_000
-learning_rate = 6e-4     # peak; warm-up over 1/300 of the steps, cosine decay to a tenth

@@ -256,6 +256,8 @@ def read_rows(argv):
     wanted = []
     for file in files:
         (cfg, _), name = parse(Config, [file, *keys], __doc__, most=0), Path(file).stem
+        if any(a.replace("-", "_").startswith("__max_iters") for a in keys):  # as in train.py
+            cfg = replace(cfg, max_tokens=None)
         wanted.append((name, cfg, ""))
         if train.inserts(cfg) != "concept":
             continue

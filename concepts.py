@@ -15,7 +15,6 @@ For tokens and the next tokens, with h the hidden state after block concept_laye
 """
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from support.runtime import UserError, run  # before torch
@@ -52,7 +51,7 @@ class ConceptModel:
     attribution   code: a_i at the active concepts; paper: at all C, with c before TopK (eq. 1)
     sign          raise: the largest a_i (paper and code); lower: the largest -a_i; abs: |a_i|
     teaches       whether its next-token distribution is needed too
-    bf16          the GPT's matrix products in bfloat16 (the SAE's stay in float32)
+    bf16          the GPT's matrix products in bfloat16 (the SAE's: float32, TF32 on a GPU)
     """
     def __init__(self, gpt, sae, layer, attr_k=4, select="attribution", attribution="code",
                  sign="raise", target="concept", teaches=False, bf16=False, compile=False):
@@ -73,16 +72,16 @@ class ConceptModel:
     def concept_targets(self, idx, y, teaches=None):
         """Tokens and the next tokens y (B, T) → Targets, from one forward pass."""
         teaches = self.teaches if teaches is None else teaches
-        labels = h_final = teacher = None
+        labels = normed = teacher = None
         with torch.autocast(idx.device.type, enabled=False):  # self.bf16 alone sets the precision
             h, x, active = self._lower(idx)
             if self.target == "hidden":
                 labels = x
             elif self.target == "concept":
-                labels, h_final = self._label(h, x, active, y)
+                labels, normed = self._label(h, x, active, y)
             if teaches:
-                h_final = self._upper(h)[0] if h_final is None else h_final
-                teacher = Teacher(h_final, self.gpt.wte.weight)
+                normed = self._upper(h)[0] if normed is None else normed
+                teacher = Teacher(normed, self.gpt.wte.weight)
         return Targets(labels, teacher, active)
 
     def labels(self, idx, y):
@@ -101,29 +100,29 @@ class ConceptModel:
         return h, x, self.sae.encode(x) if self.target == "concept" else None
 
     def _label(self, h, x, active, y):
-        """→ (label concepts (B, T, attr_k), the final hidden state if it was computed)."""
-        if self.select == "activation":  # TopK is sorted, largest first
-            return active.indices[..., :self.attr_k], None
+        """→ (label concepts (B, T, attr_k), the state after ln_f if it was computed)."""
+        if self.select == "activation":
+            return self._active(active), None
         assert self.select == "attribution", f"select={self.select!r} is not in _label"
-        grad, h_final = self.loss_gradient(h, y)
-        return self._choose(x, active, grad), h_final
+        grad, normed = self.loss_gradient(h, y)
+        return self._choose(x, active, grad), normed
 
     def _upper(self, h, y=None):
-        """h after block `layer` → (final hidden state, mean next-token loss if y is given)."""
+        """h after block `layer` → (hidden state after ln_f, mean next-token loss if y is given)."""
         loss = None
         with torch.autocast(h.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            h_final = self.gpt.ln_f(self.gpt.finish(h, self.layer + 1)[0])
+            normed = self.gpt.ln_f(self.gpt.finish(h, self.layer + 1)[0])
             if y is not None:
-                loss, _ = linear_cross_entropy(h_final, self.gpt.wte.weight, y,
+                loss, _ = linear_cross_entropy(normed, self.gpt.wte.weight, y,
                                                self.gpt.config.vocab_size)
-        return h_final.detach(), loss
+        return normed.detach(), loss
 
     def loss_gradient(self, h, y):
-        """h after block `layer` (B, T, d) → (∂(mean next-token loss) / ∂h, final hidden state)."""
+        """h after block `layer` (B, T, d) → (∂(mean next-token loss) / ∂h, state after ln_f)."""
         with torch.enable_grad():
             h = h.detach().requires_grad_()
-            h_final, loss = self._upper(h, y)
-        return torch.autograd.grad(loss, h)[0].to(self.gpt.wte.weight.dtype), h_final
+            normed, loss = self._upper(h, y)
+        return torch.autograd.grad(loss, h)[0].to(self.gpt.wte.weight.dtype), normed
 
     def _choose(self, x, active, grad):
         """Label concepts (B, T, attr_k) by attribution, best first (eq. 1)."""
@@ -132,10 +131,13 @@ class ConceptModel:
                     for x_row, grad_row in zip(x, grad, strict=True)]
             return torch.stack([self._signed(a).topk(self.attr_k).indices for a in rows])
         a = self._signed(self.attributions(active, grad).values)
-        best = a.masked_fill(active.values <= 0, -torch.inf).topk(self.attr_k)
-        labels = active.indices.gather(-1, best.indices)
-        # only active concepts compete; where there are fewer than attr_k, the best is repeated
-        return torch.where(best.values == -torch.inf, labels[..., :1], labels)
+        best = a.masked_fill(active.values <= 0, -torch.inf).topk(self.attr_k).indices
+        return self._active(TopK(*(t.gather(-1, best) for t in active)))
+
+    def _active(self, top):
+        """The first attr_k concepts; where fewer are active, the first is repeated."""
+        values, indices = (t[..., :self.attr_k] for t in top)
+        return torch.where(values > 0, indices, indices[..., :1])
 
     def attributions(self, active, grad):
         """a_i = c_i · ⟨W_dec,i, g⟩: active TopK (B, T, k), g (B, T, d) → TopK with a for c."""
@@ -144,14 +146,12 @@ class ConceptModel:
         return TopK(active.values * dots.view(active.values.shape), active.indices)
 
     def _signed(self, a):
-        if self.sign == "abs":
-            return a.abs()
-        return -a if self.sign == "lower" else a
+        return {"raise": a, "lower": -a, "abs": a.abs()}[self.sign]
 
 def load_concept_model(cfg, device, target="concept", teaches=False, compile=False):
     """(ConceptModel, its tokenizer's hash) from a Config with the label keys."""
     gpt, tokenizer = load_gpt(cfg.concept_model, device)
-    layer = cfg.concept_layer if target in ("concept", "hidden") else 0  # a teacher has no layer
+    layer = cfg.concept_layer if target in ("concept", "hidden") else -1  # below all
     sae = None
     if target == "concept":
         check_layer(gpt, layer)
@@ -166,8 +166,8 @@ class SteeredSAE(nn.Module):
 
         c = ReLU(TopK(c_pre));  c' = ReLU(TopK(s · c_pre));  h ← h + (W_dec c' - W_dec c) · σ
 
-    The factors s act before TopK, as CoCoMix's act on z; for active concepts and positive factors
-    this is the paper's s_i · c_i. What the SAE cannot reconstruct of h is kept.
+    The factors s act before TopK, as CoCoMix's act on z; for active concepts and factors of at
+    least 1 this is the paper's s_i · c_i. What the SAE cannot reconstruct of h is kept.
     """
     def __init__(self, sae):
         super().__init__()
@@ -252,12 +252,12 @@ def main(argv):
     content = load_checkpoint(path, RUN)
     report.check_run(content, cfg.weights)
     relocate(content, cfg)
-    model, folder = load_model(content, device), Path(cfg.out_dir or path.parent)
+    model = load_model(content, device)
     if cfg.weights:
         return report.show_weights(column_norms(model), cfg.plot)
     run_concept_model = cache(partial(concept_model_of_run, content, device))
-    report.show_index(folder, content, model, tokenizer_of_run(content), cfg, run_concept_model,
-                      device)
+    report.show_index(path.parent, content, model, tokenizer_of_run(content), cfg,
+                      run_concept_model, device)
 
 if __name__ == "__main__":
     run(main)

@@ -27,12 +27,13 @@ import torch
 import concepts
 from model import load_gpt, load_model
 from support import curves
-from support.checkpoint import RUN, find_checkpoint, load_checkpoint, relocate
+from support.checkpoint import RUN, files_of_run, find_checkpoint, load_checkpoint, relocate
 from support.cli import key, parse
 from support.concept_index import index_of_run
 from support.curves import append_rows
 from support.device import pick_device
 from support.log import read_log
+from support.published import find_weights
 from support.steering import STEERING, plot_steering, steering, steering_summary
 from support.tasks import DETAILS, choose_tasks, details, run_task
 from support.tokens import sequential, tokenizer_of_run, tokens_of_run
@@ -145,35 +146,44 @@ def left_out(what, anything_else=True):
             raise
         print(f"left out: {what}: {e}")
 
+def checkpoints(path, every):
+    """A run's last checkpoint, or all that it kept, in order."""
+    if not every:
+        return [path]
+    kept = sorted(files_of_run(path.parent, "step_*.pt"), key=lambda path: int(path.stem[5:]))
+    assert kept, (f"{path.parent} has its last checkpoint only; --every needs a run trained with "
+                  "--keep_checkpoints")
+    return kept
+
 def main_evaluate(cfg, runs, device):
     runs = runs or ([None] if cfg.model is None else [])  # None: the newest
     rows, tasks = [], cache(partial(choose_tasks, cfg.tasks, cfg.eval_data, cfg.limit))
-    named = curves.named([find_checkpoint(run) for run in runs])
+    named = curves.named([find_checkpoint(run, cfg.out_dir) for run in runs])
     logs = {name: read_log(path.with_name("log.jsonl")) for name, path in named
             if path.with_name("log.jsonl").is_file()}
     assert logs or not cfg.plot, "nothing to draw: no log.jsonl next to these checkpoints"
     for name, path in named:
-        kept = [path]
-        if cfg.every:
-            kept = sorted(path.parent.glob("step_*.pt"), key=lambda path: int(path.stem[5:]))
-        assert kept, (f"{path.parent} has its last checkpoint only; --every needs a run trained "
-                      "with --keep_checkpoints")
-        for checkpoint in kept:
-            content = load_checkpoint(checkpoint, (*RUN, "step"))
-            relocate(content, cfg)
-            so_far = [line for line in logs.get(name, []) if line["step"] <= content["step"]]
-            rows.append(evaluate_checkpoint(name, content, load_model(content, device),
-                                            tasks(content["tokenizer_hash"]), device, cfg, so_far))
-            about = dict(limit=cfg.limit, batch_size=cfg.batch_size, evaluated_on=str(device))
-            with left_out("a line in eval.jsonl (--out_dir=FOLDER writes it elsewhere)"):
-                append_rows(Path(cfg.out_dir or path.parent) / "eval.jsonl", rows[-1] | about)
+        with left_out(name, len(named) > 1):
+            for checkpoint in checkpoints(path, cfg.every):
+                content = load_checkpoint(checkpoint, (*RUN, "step"))
+                relocate(content, cfg)
+                so_far = [line for line in logs.get(name, []) if line["step"] <= content["step"]]
+                rows.append(evaluate_checkpoint(
+                    name, content, load_model(content, device), tasks(content["tokenizer_hash"]),
+                    device, cfg, so_far))
+                about = dict(limit=cfg.limit, dataset=cfg.dataset, batch_size=cfg.batch_size,
+                             evaluated_on=str(device))
+                with left_out("a line in eval.jsonl (--out_dir=FOLDER writes it elsewhere)"):
+                    append_rows(Path(cfg.out_dir or path.parent) / "eval.jsonl", rows[-1] | about)
     if cfg.model:
+        assert find_weights(cfg.model), (f"model={cfg.model!r} is not GPT-2's weights; name a run "
+                                         f"without a key: python eval.py {cfg.model}")
         model, tokenizer = load_gpt(cfg.model, device)
-        assert tokenizer == "gpt2", (f"model={cfg.model!r} is a run or not with GPT-2's tokens; "
-                                     f"name a run without a key: python eval.py {cfg.model}")
+        assert tokenizer == "gpt2", f"model={cfg.model!r} has other tokens than GPT-2's"
         content = dict(model_config=asdict(model.config), tokenizer="gpt2", tokenizer_hash="gpt2",
                        train_config=dict(method="gpt2", dataset=cfg.dataset))
         rows.append(evaluate_checkpoint(cfg.model, content, model, tasks("gpt2"), device, cfg))
+    assert rows, "none of these runs can be evaluated"
     if any("loss" in row for row in rows):
         print(curves.table(rows))
     if any("/" in name for row in rows for name in row):
@@ -191,12 +201,12 @@ def main_steering(cfg, runs, device):
     model, val = load_model(content, device), tokens_of_run(content, "val", bool(cfg.dataset))
     assert model.config.insert == "concept" and model.config.mix != "none", (
         f"{path}: nothing to steer: --steering needs a cocomix run with a mix")
-    concept_model = concepts.concept_model_of_run(content, device, dtype="float32")
+    concept_model = cache(partial(concepts.concept_model_of_run, content, device, dtype="float32"))
     folder = Path(cfg.out_dir or path.parent)
     index = index_of_run(folder, content, model, concept_model, device)
     models = {"CoCoMix": model}
     with left_out("steering the concept model"):
-        models["concept model"] = concepts.steerable(concept_model)
+        models["concept model"] = concepts.steerable(concept_model())
     rows = steering(models, index, val, device, cfg.steered)
     summary = steering_summary(rows)
     print(curves.table(summary, STEERING))

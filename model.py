@@ -51,7 +51,7 @@ class ModelConfig:
     dropout: float = 0.0
     bias: bool = True
     embedding_std: float = 0.02  # initial std of the token embedding
-    init_std: float = 0.02       # initial std of all other matrices
+    init_std: float = 0.02       # … of all others but the mixer (0.02)
     insert: str = "none"         # the mixer: concept (CoCoMix), hidden, pause, or none
     mix: str = "interleave"      # (h_1, ĉ_1, …); interleave_residual: h + ĉ for ĉ; add: h + ĉ; none
     insert_layer: int = 0        # the mixer sits at the input of this block

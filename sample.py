@@ -25,7 +25,7 @@ import torch
 
 from concepts import concept_model_of_run, steerable
 from model import load_model
-from support.checkpoint import RUN, find_checkpoint, load_checkpoint, relocate
+from support.checkpoint import RUN, find_checkpoint, kind_of_run, load_checkpoint, relocate
 from support.cli import key, parse
 from support.concept_index import NAME, describe, find, index_of_run, texts, used
 from support.device import pick_device
@@ -208,8 +208,8 @@ def load_models(cfg, content, model, load_concept_model):
     steered, c = cfg.steer or cfg.steer_sweep or cfg.serve is not None, model.config
     which = cfg.model or ("both" if steered else "run")
     assert c.insert == "concept" or not steered and not cfg.inspect and which == "run", (
-        f"method={content['train_config']['method']!r} has no concepts: --steer, --inspect, "
-        "--serve and --model need a cocomix run")
+        f"{kind_of_run(content)} has no concepts: --steer, --inspect, --serve and --model need a "
+        "cocomix run that predicts concepts")
     assert not steered or c.mix != "none" or which == "concept", (
         "mix='none' leaves nothing to steer but the concept model; add --model=concept")
     models = {} if which == "concept" else {"CoCoMix": model}
@@ -235,7 +235,10 @@ def playground(cfg, content, models, index, tokenizer, chosen):
         val = tokens_of_run(content, "val")
     except UserError as e:
         print(f"left out: the perplexity of a setting: {e}")
-    start = "" if not cfg.start else tokenizer.decode(read_prompt(cfg.start, tokenizer))
+    prompt = read_prompt(cfg.start, tokenizer)
+    size = min(gpt.config.block_size for gpt in models.values())
+    assert len(prompt) <= size, f"a prompt of {len(prompt)} tokens: the page takes at most {size}"
+    start = tokenizer.decode(prompt) if cfg.start else ""
     settings = dict(run=content["train_config"]["out_dir"], prompt=start, seed=cfg.seed,
                     tokens=cfg.max_new_tokens, temperature=cfg.temperature, factors=chosen)
     return Playground(models, index, tokenizer, val, cfg.top_k, settings)
@@ -262,25 +265,27 @@ def write(cfg, models, prompt, idx, variants, tokenizer, index):
     scale = None
     if any(variants.values()):
         scale = scales(variants.values(), len(index.labelled), idx.device)
-    prompt = [] if prompt == [tokenizer.eot_token] else prompt
-    titles = [f"\n── {title or f'sample {sample + 1}'} ".ljust(width + 1, "─")
-              for title, sample in product(variants, range(cfg.num_samples))]
+    shown = [] if prompt == [tokenizer.eot_token] else prompt
+    titles = []
+    for title, sample in product(variants, range(1, cfg.num_samples + 1)):
+        parts = [title, f"sample {sample}" if cfg.num_samples > 1 or not title else ""]
+        titles.append(f"\n── {', '.join(filter(None, parts))} ".ljust(width + 1, "─"))
     if alone:
-        print(f"{titles[0]}\n{tokenizer.decode(prompt)}", end="", flush=True)
+        print(f"{titles[0]}\n{tokenizer.decode(shown)}", end="", flush=True)
     found = continuations(cfg, models, idx, scale, tokenizer, alone)
     for row, title in enumerate(titles):
-        texts = {name: prompt + rows[row] for name, rows in found.items()}
-        decoded = [tokenizer.decode(ids) for ids in texts.values()]
+        texts = {name: tokenizer.decode(shown + rows[row]) for name, rows in found.items()}
         if alone:
-            print(f"{title}\n{decoded[0]}" if row else "")
+            print(f"{title}\n{''.join(texts.values())}" if row else "")
         else:
-            named = [f"{name.upper()}\n{text}" for name, text in zip(texts, decoded, strict=True)]
+            named = [f"{name.upper()}\n{text}" for name, text in texts.items()]
             print(f"{title}\n{columns(named, width)}")
         if cfg.inspect:
-            for name, ids in texts.items():
+            for name, rows in found.items():
                 factors = None if scale is None else scale[row // cfg.num_samples]
-                shown = inspection(models[name], ids, factors, index, tokenizer, width)
-                print(f"\n{name}:\n{shown}")
+                text = inspection(models[name], prompt + rows[row], factors, index, tokenizer,
+                                  width)
+                print(f"\n{name}:\n{text}")
 
 def main(argv):
     cfg, runs = parse(Config, argv, __doc__, most=1, files=False)
@@ -307,12 +312,15 @@ def main(argv):
     if steer == "auto":
         first = next(iter(models.values()))
         chosen = choose(first, tokenizer, idx, index, n=1 if cfg.steer_sweep else 3)
-    chosen = {look_up(name, index, tokenizer) if isinstance(name, str) else name: factor
-              for name, factor in chosen.items()}
+    factors = {}
+    for name, factor in chosen.items():
+        concept = look_up(name, index, tokenizer) if isinstance(name, str) else name
+        assert concept not in factors, f"steer={name!r}: concept {concept} already has a factor"
+        factors[concept] = factor
     if server:
-        return server.run(playground(cfg, content, models, index, tokenizer, chosen))
+        return server.run(playground(cfg, content, models, index, tokenizer, factors))
     if steer:
-        variants = plan(chosen, cfg.steer_sweep, steer != "auto", index, tokenizer)
+        variants = plan(factors, cfg.steer_sweep, steer != "auto", index, tokenizer)
     write(cfg, models, prompt, idx, variants, tokenizer, index)
 
 if __name__ == "__main__":

@@ -272,4 +272,4 @@ def main(argv):
     run.end()
 
 if __name__ == "__main__":
-    runtime.run(main)
+    runtime.run(main, parallel=True)

@@ -67,7 +67,8 @@ def label_flops_per_token(concept_model, block_size=None):
     if labels and concept_model.select == "attribution":
         # the gradient for activations: one product per product, but two per product of attention
         attention = attention_flops(gpt.config, concept_model.layer + 1, block_size)
-        return lower + encoder + 2 * upper + attention
+        decoder = encoder if concept_model.attribution == "paper" else 0  # else the active ones
+        return lower + encoder + decoder + 2 * upper + attention
     return lower + encoder + (upper if concept_model.teaches else 0)
 
 def activation_bytes(model, tokens, start=0, bf16=True, taught=False):
@@ -86,7 +87,7 @@ def activation_bytes(model, tokens, start=0, bf16=True, taught=False):
     block = d * (8 + 14 * (2 if bf16 else 4))
     kept = (4 * d if model.checkpoint_blocks else block) * positions + 3 * block
     width = max(c.vocab_size, c.n_concepts)
-    chunk = (36 if taught else 16) * width * min(tokens, (1 << 28) // width)
+    chunk = (36 if taught else 24) * width * min(tokens, (1 << 28) // width)
     return tokens * kept + chunk + 8 * d * (c.vocab_size + c.n_concepts)
 
 def step_bytes(model, concept_model, tokens, bf16=True):
@@ -103,14 +104,19 @@ def step_bytes(model, concept_model, tokens, bf16=True):
 
 def micro_batch(cfg, rows, model, concept_model, device):
     """How many of a process's `rows` sequences go through the model at once: the largest divisor
-    of rows within micro_batch_size. auto: what fits in 90% of a GPU's free memory by `step_bytes`;
-    elsewhere, at most 8,192 tokens."""
+    of rows within micro_batch_size. auto: what fits in 90% of a GPU's free memory by `step_bytes`,
+    and at most 65,536 tokens (it is busy with these, and compiling takes longer and more memory
+    with each chunk of logits); elsewhere, at most 8,192 tokens."""
     def fits(n):
         if cfg.micro_batch_size != "auto":
             return n <= cfg.micro_batch_size
+        if n * cfg.block_size > (1 << 16 if device.type == "cuda" else 8192):
+            return False
         if device.type != "cuda":
-            return n * cfg.block_size <= 8192
-        bf16, free = uses_bf16(cfg.dtype, device), torch.cuda.mem_get_info(device)[0]
+            return True
+        freed = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + freed  # PyTorch keeps what it has freed
+        bf16 = uses_bf16(cfg.dtype, device)
         return step_bytes(model, concept_model, n * cfg.block_size, bf16) <= 0.9 * free
 
     return max((n for n in range(1, rows + 1) if rows % n == 0 and fits(n)), default=1)

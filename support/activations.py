@@ -38,14 +38,14 @@ class HiddenStates:
         return self._states[within * c.batch_size:(within + 1) * c.batch_size]
 
 def check_layer(gpt, layer):
-    """UserError unless the residual stream after block `layer` has one state per token."""
+    """UserError unless block `layer` of a concept model has a block above it and no mixer below."""
     c = gpt.config
     if not 0 <= layer < c.n_layer - 1:
         raise UserError(f"concept_layer={layer} must leave a block above it: choose 0 to "
                         f"{c.n_layer - 2}, as the concept model has {c.n_layer} blocks")
-    if c.interleaved and layer >= c.insert_layer:
-        raise UserError(f"concept_layer={layer} is above the concept model's own mixer "
-                        f"(insert_layer={c.insert_layer}), where a token has two states")
+    if c.insert != "none" and layer >= c.insert_layer:
+        raise UserError(f"concept_layer={layer} is above the concept model's own mixer, at the "
+                        f"input of block {c.insert_layer}: choose a layer below it, or a plain GPT")
 
 def geometric_median(x, steps=100):
     """The point with the smallest summed distance to the rows of x (N, d) → (d,) (Weiszfeld)."""

@@ -37,11 +37,20 @@ def find_checkpoint(run=None, out_dir=None):
         return path
     path = Path(run) / "ckpt.pt" if Path(run).is_dir() else Path(run)
     if path.is_file():
+        if out_dir and Path(out_dir, "ckpt.pt").is_file() and not path.parent.samefile(out_dir):
+            raise UserError(f"out_dir={out_dir!r} is the folder of another run than {run}")
         return path
     if (path.parent / "sae_ckpt.pt").is_file():
         raise UserError(f"{path.parent} is an SAE's folder; name the run of a model, such as "
                         "out/stdlib/cocomix")
     raise UserError(f"no checkpoint at {path}; train it first: python train.py config/…")
+
+def files_of_run(folder, *patterns):
+    """A run's files in its folder that match one of the patterns, such as step_*.pt; step_best.pt,
+    say, is not one that a run writes."""
+    found = (path for pattern in patterns for path in Path(folder).glob(pattern))
+    return [path for path in found
+            if not path.name.startswith("step_") or path.stem[5:].isdecimal()]
 
 def read_tensors(path, what):
     """Load a torch.save file on the CPU; its pickle runs no code. UserError: damaged, not one."""
@@ -103,6 +112,12 @@ def relocate(content, cfg):
     for name in PLACES:
         if name in cfg.given:
             content["train_config"][name] = getattr(cfg, name)
+
+def kind_of_run(content):
+    """A run's method and, where it predicts hidden states, its target, for messages."""
+    method, target = (content["train_config"].get(name) for name in ("method", "target"))
+    hidden = content["model_config"].get("insert") == "hidden"
+    return f"a run of method={method!r}" + (f" with target={target!r}" if hidden else "")
 
 def models_used(concept_model):
     """The hashes that identify a ConceptModel's parts, for the entry `uses` of a checkpoint."""

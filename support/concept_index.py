@@ -77,16 +77,18 @@ class PairCounts:
             kept = np.sort(np.argpartition(-self.counts, self.limit)[:self.limit])
             self.keys, self.counts = self.keys[kept], self.counts[kept]
 
-def typical(pairs, everywhere, C, prior=20):
-    """The tokens most typical of each concept: (ids, share, lift), each (C, TOKENS).
+def typical(pairs, everywhere, labelled, prior=20):
+    """The tokens most typical of each concept, which is a label at labelled (C,) tokens: (ids,
+    share, lift), each (C, TOKENS).
 
     share = p(token | concept), smoothed by `prior` pseudo-observations; lift = share / p(token).
     Tokens with lift > 1 are sorted by share · log lift, their terms of the KL divergence.
     """
     pairs.merge()
+    C = len(labelled)
     concept, token = np.divmod(pairs.keys, len(everywhere))  # concepts ascending
     p = everywhere.numpy()[token] / everywhere.sum().item()
-    share = (pairs.counts + prior * p) / (np.bincount(concept, pairs.counts, C)[concept] + prior)
+    share = (pairs.counts + prior * p) / (labelled.numpy()[concept] + prior)
     lift = share / p
     score = share * np.log(lift)
     order = np.lexsort((-score, concept))
@@ -161,14 +163,16 @@ def build_index(content, model, concept_model, tokens, device):
         for step in range(steps):
             x, y = (t.to(device) for t in batches[step])
             labels, _, active = concept_model.concept_targets(x, y, teaches=False)
+            once = labels != labels[..., :1]  # where few concepts are active, the first is repeated
+            once[..., 0] = True
             kept = model.concepts(x)
-            labelled += labels.flatten().bincount(minlength=C)
+            labelled += labels[once].bincount(minlength=C)
             predicted += kept.indices.flatten().bincount(minlength=C)
             bin_of = active.indices * bins + torch.bucketize(active.values, edges)
             activations += bin_of[active.values > 0].bincount(minlength=C * bins)
             everywhere += torch.cat((x, y)).flatten().bincount(minlength=V)
-            current.add((labels * V + x[..., None]).flatten().cpu().numpy())
-            following.add((labels * V + y[..., None]).flatten().cpu().numpy())
+            current.add((labels * V + x[..., None])[once].cpu().numpy())
+            following.add((labels * V + y[..., None])[once].cpu().numpy())
             where = torch.from_numpy(batches.starts(step)[:, None] + np.arange(T)).to(device)
             most_active = strongest(most_active, active, where)
             most_predicted = strongest(most_predicted, kept, where)
@@ -179,7 +183,8 @@ def build_index(content, model, concept_model, tokens, device):
     return ConceptIndex(
         model_hash(model), tokens, steps * rows * T,
         labelled.cpu(), predicted.cpu(), activations.view(C, -1).cpu(),
-        *typical(following, everywhere.cpu(), C), *typical(current, everywhere.cpu(), C),
+        *typical(following, everywhere.cpu(), labelled.cpu()),
+        *typical(current, everywhere.cpu(), labelled.cpu()),
         *effects, norm, *neighbours(concept_model.sae.decoder),
         *contexts_at(train, *most_active), *contexts_at(train, *most_predicted))
 

@@ -42,8 +42,11 @@ def append_rows(path, *rows):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", errors="replace") as file:
         file.seek(0)
-        if file.readline(8)[:7] not in ("", '{"run":', '{"row":', '{"model'):
+        content = file.read()
+        if content[:7] not in ("", '{"run":', '{"row":', '{"model'):
             raise UserError(f"{path} is a file of something else; name another one")
+        if rows and content and not content.endswith("\n"):
+            file.write("\n")  # after a line that was cut short
         for row in rows:
             row = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
             file.write(json.dumps(row) + "\n")
@@ -124,8 +127,11 @@ def read_curves(logs):
     groups = {}
     for name, log in logs.items():
         seed = log[0].get("seed") if log else None
-        groups.setdefault(name.removesuffix(f"-{seed}"), []).append(log)
-    return {name: read_curve(name, group) for name, group in groups.items()}
+        group = groups.setdefault(name.removesuffix(f"-{seed}"), {})
+        if seed in group:  # NAME and NAME-SEED, both with this seed
+            group = groups.setdefault(name, {})
+        group[seed] = log
+    return {name: read_curve(name, list(group.values())) for name, group in groups.items()}
 
 def read_curve(name, logs):
     points = [{line["tokens"]: line for line in log
@@ -280,13 +286,16 @@ def draw_curve(axes, name, curve):
     return best[late:] + worst[late:]
 
 def merge_evaluations(lines):
-    """Lines of an eval.jsonl → one per checkpoint, by tokens: the latest of its most complete
-    evaluations."""
-    at = {}
-    for line in sorted(lines, key=lambda line: (line.get("limit") or math.inf,
-                                                line.get("val_tokens", 0))):
-        at.setdefault(line["tokens"], {}).update(line)
-    return [at[tokens] for tokens in sorted(at)]
+    """Lines of an eval.jsonl → one per checkpoint, by tokens: of its evaluations on the run's own
+    validation split those of the most tokens, of those on tasks those of the most documents; the
+    latest of equals."""
+    at = {line["tokens"]: dict(tokens=line["tokens"]) for line in lines}
+    own = [line for line in lines if not line.get("dataset")]
+    for line in sorted(own, key=lambda line: line.get("val_tokens", 0)):
+        at[line["tokens"]].update({k: v for k, v in line.items() if "/" not in k})
+    for line in sorted(lines, key=lambda line: line.get("limit") or math.inf):
+        at[line["tokens"]].update({k: v for k, v in line.items() if "/" in k})
+    return [row | averages(row) for _, row in sorted(at.items())]
 
 def plot_tasks(path, evaluations, titles, rows):
     """Draw the measures {key: title} in {name: lines of its eval.jsonl} against training tokens.

@@ -1,6 +1,7 @@
 """Where a command computes: the device, bfloat16, torch.compile, and memory on the CPU."""
 import ctypes
 from contextlib import suppress
+from importlib.util import find_spec
 
 from support.runtime import LOCAL_RANK, UserError
 
@@ -55,8 +56,9 @@ def uses_bf16(dtype, device):
     return dtype == "bfloat16" or dtype == "auto" and _cuda_capability(device) >= (8, 0)
 
 def should_compile(cfg, device):
-    """auto: on GPUs that Triton supports."""
-    return cfg.compile is True or cfg.compile == "auto" and _cuda_capability(device) >= (7, 0)
+    """auto: on GPUs that Triton supports, if it is installed."""
+    supported = _cuda_capability(device) >= (7, 0) and find_spec("triton") is not None
+    return cfg.compile is True or cfg.compile == "auto" and supported
 
 def _cuda_capability(device):
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
@@ -65,4 +67,5 @@ def compile_model(model):
     """torch.compile for fixed shapes."""
     # it would split the graph at DDP's buckets, which fails inside our autograd functions
     torch._dynamo.config.optimize_ddp = False
+    torch._dynamo.config.cache_size_limit = 64  # bench.py compiles several models of a class
     return torch.compile(model, dynamic=False)

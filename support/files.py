@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import re
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def atomic_write(path):
 
     UserError: the file cannot be written (full disk, read-only folder). The old file is then kept.
     """
-    path, tmp = Path(path), Path(f"{path}.tmp")
+    path, tmp = Path(path), Path(f"{path}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(tmp, "wb") as file:
@@ -61,6 +62,10 @@ def lock_folder(folder, doing, key):
                             f"choose another --{key}") from e
     except (OSError, NotImplementedError):
         pass  # a file system without locks
+    if lock.is_locked:
+        for path in Path(folder).glob("*.tmp"):  # left by a process that was killed
+            if re.search(r"\.(bin|html|json|jsonl|pt|tiktoken)\.\d+\.tmp$", path.name):
+                path.unlink(missing_ok=True)
     return lock
 
 def unlock(lock):

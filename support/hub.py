@@ -160,12 +160,15 @@ def prepare(argv, doc, script, name, documents):
     cfg, _ = parse(Config, argv, doc, most=0, files=False)
     out, source = Path(cfg.out or Path(script).parent), cfg.source or f"hf://datasets/{name}"
     wanted = dict(tokenizer=cfg.tokenizer, num_docs=cfg.num_docs,
-                  field=None if cfg.field == "text" else cfg.field)  # as in older datasets
+                  field=None if cfg.field == "text" else cfg.field,  # as in older datasets
+                  **({"source": cfg.source} if cfg.source else {}))
     with locked(out):
         if not cfg.force and already_prepared(out, wanted):
             return
         tokenizer, files = load_tokenizer(cfg.tokenizer), parquet_files(source, cfg)
         n = sum(file.rows for file in files)
+        if n <= 20:
+            raise UserError(f"{source} has only {n} documents: 20 are held out; use more")
         if cfg.num_docs is None and n != documents:
             raise UserError(f"{source} has {n:,} documents in {len(files)} files instead of "
                             f"{documents:,}; use these anyway with --num_docs={n}")

@@ -46,7 +46,8 @@ def attention(q, k, v, mask=None, causal=False, dropout=0.0):
     formula, whose weights (B, heads, positions, positions) fill the memory. Zeros change nothing:
     widths are padded with them."""
     width = q.shape[-1]
-    if pads_heads(q.device) and (mask is not None or q.dtype == torch.float32):
+    needed = width % 8 and (mask is not None or q.dtype == torch.float32)
+    if needed and pads_heads(q.device):
         q, k, v = (F.pad(t, (0, -width % 8)) for t in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal,
                                        scale=1 / math.sqrt(width))

@@ -12,7 +12,7 @@ from support.runtime import UserError, progress
 
 import numpy as np
 
-from support.checkpoint import model_hash
+from support.checkpoint import models_used
 from support.prepare import locked
 from support.tokens import (
     check_tokenizer,
@@ -35,9 +35,8 @@ def label_file(concept_model, keys):
     how = {"attribution": f"_{c.attribution}_{c.sign}", "activation": ""}[c.select]  # all it uses
     name = f"labels_{c.select}{how}_layer{c.layer}_k{c.attr_k}_block{keys.block_size}"
     tokens = load_tokens(keys.dataset, "train")
-    header = dict(name=name, concept_model=model_hash(c.gpt), sae=model_hash(c.sae), bf16=c.bf16,
-                  n_concepts=n_concepts, dtype="<u2" if n_concepts <= 1 << 16 else "<u4",
-                  tokens=tokens_hash(tokens),
+    header = dict(name=name, **models_used(c), bf16=c.bf16, n_concepts=n_concepts,
+                  dtype="<u2" if n_concepts <= 1 << 16 else "<u4", tokens=tokens_hash(tokens),
                   shape=[(len(tokens) - 1) // keys.block_size, keys.block_size, c.attr_k])
     return tokens, dataset_dir(keys.dataset) / f"{name}.bin", header
 

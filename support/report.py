@@ -1,5 +1,6 @@
 """Showing a run's concepts: a table, an HTML report, the column norms of the compress matrix."""
 import json
+import shlex
 from pathlib import Path
 
 from support.runtime import UserError
@@ -7,9 +8,10 @@ from support.runtime import UserError
 import numpy as np
 import torch
 
-from support.checkpoint import PLACES
+from support.checkpoint import PLACES, kind_of_run
 from support.concept_index import CONTEXTS, EDGES, NAME, describe, find, index_of_run, texts, used
 from support.curves import new_figure, picture_path, save_figure
+from support.engine import decoder
 from support.files import atomic_write
 from support.tokens import Batches, tokens_of_run
 
@@ -30,9 +32,9 @@ def check_arguments(cfg, rest, argv, label_keys):
 
 def check_run(content, weights):
     """Refuse a checkpoint whose run has no concepts (weights: or no compress matrix)."""
-    model, method = content["model_config"], content["train_config"]["method"]
+    model = content["model_config"]
     assert model["insert"] == "concept", (
-        f"a run of method={method!r} has no concepts; name a cocomix run")
+        f"{kind_of_run(content)} has no concepts; name a cocomix run that predicts concepts")
     assert model["mix"] != "none" or not weights, (
         "mix='none' has no compress matrix; name a cocomix run with another mix")
 
@@ -45,9 +47,11 @@ def check_report(folder, overwrite):
                         "--out_dir=FOLDER writes elsewhere")
     return path
 
-def show_index(folder, content, model, tokenizer, cfg, load_concept_model, device):
+def show_index(run, content, model, tokenizer, cfg, load_concept_model, device):
     """Print the cfg.top concepts that match the words cfg.find best; without words the most used
-    ones, and write the HTML report into a folder, with cfg.pages concepts."""
+    ones, and write the HTML report into cfg.out_dir or the run's folder, with cfg.pages
+    concepts."""
+    folder = Path(cfg.out_dir or run)
     report = check_report(folder, cfg.overwrite or cfg.find is not None)
     index = index_of_run(folder, content, model, load_concept_model, device, cfg.tokens,
                          cfg.overwrite)
@@ -62,7 +66,7 @@ def show_index(folder, content, model, tokenizer, cfg, load_concept_model, devic
         some_passages = passages(content, model, load_concept_model(), tokenizer)
     except (UserError, AssertionError, OSError) as e:
         print(f"left out: passages in the report: {e}")
-    write_report(report, str(folder), index, entries[:cfg.pages], some_passages)
+    write_report(report, run, index, entries[:cfg.pages], some_passages, model.config.mix)
     print(f"\nreport: {report}")
 
 def print_table(index, entries):
@@ -88,15 +92,17 @@ def passages(content, model, concept_model, tokenizer, n=4, length=96):
     for row in zip(x.tolist(), top.indices.tolist(), top.values.tolist(), labels.tolist(),
                    strict=True):
         found.append([])
+        text = decoder(tokenizer)
         for token, concepts, logits, label in zip(*row, strict=True):
             predicted = [[i, round(z, 2)] for i, z in zip(concepts, logits, strict=True)]
-            found[-1].append([tokenizer.decode([token]), predicted[:concept_model.attr_k], label])
+            found[-1].append([text(token), predicted[:concept_model.attr_k], label])
     return found
 
-def write_report(path, run, index, entries, some_passages):
+def write_report(path, run, index, entries, some_passages, mix="interleave"):
     """One HTML file that needs nothing else: report.html with the data in it, as JSON."""
-    data = dict(run=run, tokens=index.tokens, concepts=len(index.labelled), name=NAME,
-                contexts=CONTEXTS, edges=[round(e, 3) for e in EDGES.tolist()],
+    command = f"python sample.py {shlex.quote(str(run))}" + " --model=concept" * (mix == "none")
+    data = dict(run=str(run), command=command, tokens=index.tokens, concepts=len(index.labelled),
+                name=NAME, contexts=CONTEXTS, edges=[round(e, 3) for e in EDGES.tolist()],
                 entries=entries, passages=some_passages)
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     text = text.replace("<", "\\u003c")  # so that a </script> in the data does not end the script

@@ -67,8 +67,9 @@ if _is_our_script() and signal.getsignal(signal.SIGINT) is signal.default_int_ha
 
 LOST = "no connection to another process of this run"
 
-def run(main):
-    """Run main(argv) as a command. An error the user can fix ends in one line, exit status 1."""
+def run(main, parallel=False):
+    """Run main(argv) as a command. An error the user can fix ends in one line, exit status 1.
+    parallel: several processes may run it together."""
     if signal.getsignal(signal.SIGINT) is _exit_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):
@@ -76,6 +77,9 @@ def run(main):
     if RANK:
         sys.stdout = open(os.devnull, "w")
     try:
+        if WORLD_SIZE > 1 and not parallel:
+            raise UserError("only train.py runs in several processes: start this command with "
+                            "python, not torchrun")
         status = main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(130)

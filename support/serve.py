@@ -9,9 +9,12 @@ request names a file. One worker generates, one request after the other.
 """
 import json
 import queue
+import select
+import socket
 import socketserver
 import sys
 import threading
+from contextlib import suppress
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler
 from itertools import zip_longest
@@ -159,7 +162,9 @@ class Server(socketserver.ThreadingTCPServer):
         except OSError as e:
             raise UserError(f"port {port} can't be used ({e.strerror}); choose another one: "
                             f"--serve={port + 1 if 1024 <= port < 65535 else 8000}") from e
-        self.hosts = [f"{host}:{self.server_address[1]}" for host in ("127.0.0.1", "localhost")]
+        port = self.server_address[1]
+        self.hosts = [f"{host}:{port}" for host in ("127.0.0.1", "localhost")]
+        self.hosts += ["127.0.0.1", "localhost"] if port == 80 else []  # HTTP's own, left out
         self.jobs, self.closing = queue.Queue(WAITING), False
 
     def run(self, playground):
@@ -227,6 +232,15 @@ class Handler(BaseHTTPRequestHandler):
         except UserError as e:
             self.reply(400, dict(error=str(e)))
 
+    def next_event(self, events):
+        """None at the end, or once the page has gone."""
+        while True:
+            with suppress(queue.Empty):
+                return events.get(timeout=0.2)
+            readable, _, _ = select.select([self.connection], [], [], 0)
+            if readable and not self.connection.recv(1, socket.MSG_PEEK):
+                return None
+
     def do_POST(self):
         length = self.headers.get("Content-Length", "")
         if self.path != "/generate" or self.headers.get_content_type() != "application/json":
@@ -244,7 +258,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(503, dict(error="too many requests are waiting"))
         try:
             self.reply(200, "", "application/x-ndjson")
-            for event in iter(events.get, None):
+            while (event := self.next_event(events)) is not None:
                 self.wfile.write(json.dumps(event).encode() + b"\n")
         finally:  # also if the page has gone, or has moved on to other settings
             gone.set()

@@ -251,6 +251,8 @@ def mean_and_error(parts):
     """[(value, count)] per document → (Σ value / Σ count, its standard error as that of a ratio, or
     of a mean where all counts are equal; None for a single document)."""
     n, count = len(parts), sum(c for _, c in parts)
+    if not count:
+        raise UserError("these documents hold nothing to score")
     mean = math.fsum(x for x, _ in parts) / count
     if n == 1:
         return mean, None

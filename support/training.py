@@ -85,7 +85,7 @@ class Run:
         others = {"ckpt.pt", "sae_ckpt.pt"} - {self.file}
         if not exists and not self.cfg.overwrite:
             others.update(("log.jsonl", *self.files))
-        for path in sorted(path for name in others for path in self.out.glob(name)):
+        for path in sorted(checkpoint.files_of_run(self.out, *others)):
             raise UserError(f"{self.out} holds {path.name}, which is not of this run; choose "
                             "another --out_dir")
         if not exists or self.cfg.overwrite:
@@ -115,7 +115,7 @@ class Run:
     def begin(self):
         """The first checkpoint is written: what is left of an older run goes."""
         if RANK == 0:
-            for path in [path for name in self.files for path in self.out.glob(name)]:
+            for path in checkpoint.files_of_run(self.out, *self.files):
                 path.unlink()
         self.log.begin()
 
@@ -204,6 +204,9 @@ class TrainingRun(Run):
         model that the steps ask, or None."""
         cfg, ranks = self.cfg, self.ranks
         self.model, self.optimizer = model, optimizer
+        # before the optimizer's state and DDP's buckets take the memory that it counts
+        self.micro = accounting.micro_batch(cfg, cfg.batch_size // ranks.size, model, concept_model,
+                                            self.device)
         if self.content is not None:
             checkpoint.load_optimizer(optimizer, self.content, self.checkpoint)
             checkpoint.check_models(self.content, concept_model)
@@ -215,10 +218,11 @@ class TrainingRun(Run):
         self.parallel = ranks.parallel(self.compiled)
         self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16,
                                        enabled=uses_bf16(cfg.dtype, self.device))
-        self.micro = accounting.micro_batch(cfg, cfg.batch_size // ranks.size, model, concept_model,
-                                            self.device)
-        head = self._head(at_steps)
-        self.flops = head["flops_per_token"] + head["concept_flops_per_token"]
+        head, labels = self._head(), self.model.config.insert in ("concept", "hidden")
+        flops = [accounting.label_flops_per_token(asked, cfg.block_size) for asked in
+                 (at_steps, concept_model if labels and cfg.concept_weight > 0 else at_steps)]
+        self.flops = head["flops_per_token"] + flops[0]
+        head["concept_flops_per_token"] = flops[1]  # also where labels come from disk
         also, self.wandb_id = None, (self.content or {}).get("wandb_id")
         if cfg.wandb_log and ranks.first:
             also, self.wandb_id = start_wandb(cfg, self.wandb_id)
@@ -231,7 +235,7 @@ class TrainingRun(Run):
               f"{cfg.max_iters} steps of {self.tokens_per_step} tokens on {where}, {self.micro} "
               "sequences at a time")
 
-    def _head(self, at_steps):
+    def _head(self):
         """The first line of log.jsonl: what is trained on what."""
         cfg, model, device = self.cfg, self.model, f"{platform.machine()} {self.device.type}"
         if self.device.type == "cuda":
@@ -241,7 +245,6 @@ class TrainingRun(Run):
             params=accounting.num_params(model),
             active_params=accounting.num_params(model, active=True),
             flops_per_token=accounting.flops_per_token(model),
-            concept_flops_per_token=accounting.label_flops_per_token(at_steps, cfg.block_size),
             labels=cfg.labels if model.config.insert in ("concept", "hidden") else None,
             concept_model_hash=self.uses.get("concept_model"),
             device=device, threads=torch.get_num_threads(), processes=self.ranks.size,

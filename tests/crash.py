@@ -39,7 +39,7 @@ def fork(main, argv):
         tqdm = runtime.tqdm
         runtime.tqdm = lambda **keys: tqdm(disable=True)
         try:
-            runtime.run(main)
+            runtime.run(main, parallel=True)
         except SystemExit as e:
             if isinstance(e.code, str):
                 os.write(2, e.code.encode() + b"\n")

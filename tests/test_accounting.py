@@ -72,14 +72,17 @@ class PyTorchsCount(TorchDispatchMode):
             self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
 
-def test_label_flops_are_those_of_the_flop_counter():
+@pytest.mark.parametrize("attribution", ["code", "paper"])
+def test_label_flops_are_those_of_the_flop_counter(attribution):
     gpt, T = tiny_gpt(torch.float32, vocab_size=64, n_layer=4).requires_grad_(False), 16
-    concept_model, x = ConceptModel(gpt, SAE(24, 40, 6), 1), torch.randint(64, (1, T))
+    concept_model = ConceptModel(gpt, SAE(24, 40, 6), 1, attribution=attribution)
+    x = torch.randint(64, (1, T))
     with sdpa_kernel(SDPBackend.MATH), PyTorchsCount() as counter:
         concept_model.labels(x, x)
     square = 4 * 24 * T  # of a block's attention; causal is half of it
     halved = (2 + 2 + 4) * square // 2  # 2 lower blocks, 2 upper ones, their backward
-    assert label_flops_per_token(concept_model) == counter.flops / T - halved
+    again = 2 * 24 * 40 if attribution == "paper" else 0  # c_pre, which is not kept
+    assert label_flops_per_token(concept_model) == counter.flops / T - halved - again
 
 def bytes_kept_for_the_backward(model, rows, bf16):
     """Bytes of the tensors that autograd keeps, weights left out."""
@@ -151,6 +154,11 @@ def test_micro_batches_are_alike_and_follow_memory(monkeypatch):
                            (need(5) / 0.9 + 1, 4), (0, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 40))
         assert size(12, gpu) == expected
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(need(12) / 0.9) + 9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5)
+    assert size(12, gpu) == 12  # PyTorch holds the memory, but does not use it
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
+    assert size(128, gpu) == 64 and size(128, gpu, micro_batch_size=128) == 128
     assert size(12, gpu, micro_batch_size=3) == 3
     teacher = ConceptModel(tiny_gpt(torch.float32, n_layer=40, n_embd=240), SAE(240, 40, 6), 1)
     assert step_bytes(model, teacher, 1024) > need(1)  # a large concept model, a small student

@@ -40,7 +40,7 @@ def read_plainly(content, model, concept_model, tokens):
         pairs = zip(top.indices[row, t].tolist(), top.values[row, t].tolist(), strict=True)
         return dict(pairs)
     return [dict(place=int(start) + t, block=row, current=x[row, t].item(), next=y[row, t].item(),
-                 labels=labels[row, t].tolist(), active=by_concept(active, row, t),
+                 labels=set(labels[row, t].tolist()), active=by_concept(active, row, t),
                  predicted=by_concept(kept, row, t))
             for row, start in enumerate(batches.starts(0)) for t in range(T)]
 
@@ -65,7 +65,7 @@ def test_the_index_equals_plain_counting(cocomix):
     assert len(seen) == index.tokens == 4000
     edges = EDGES.tolist()
     for i in range(48):
-        assert index.labelled[i] == sum(s["labels"].count(i) for s in seen)
+        assert index.labelled[i] == sum(i in s["labels"] for s in seen)
         assert index.predicted[i] == sum(i in s["predicted"] for s in seen)
         values = [s["active"][i] for s in seen if s["active"].get(i, 0) > 0]
         assert index.activations[i].sum() == len(values)
@@ -131,6 +131,21 @@ def test_pairs_are_counted_exactly_up_to_the_limit():
     assert len(bounded.keys) == 50
     for key, _ in Counter(keys.tolist()).most_common(10):
         assert bounded.counts[bounded.keys == key] == counts[key]
+
+def test_shares_do_not_depend_on_the_pairs_that_are_dropped():
+    keys = np.random.default_rng(0).zipf(1.2, 20_000) % (40 * 61)
+    labelled = torch.from_numpy(keys // 61).bincount(minlength=40)
+    everywhere, found = torch.from_numpy(keys % 61).bincount(minlength=61), []
+    for limit in (1 << 20, 300):
+        pairs = concept_index.PairCounts(limit)
+        pairs.add(keys)
+        found.append(concept_index.typical(pairs, everywhere, labelled))
+    all_of_them, few = ({(concept, token): (share, lift) for concept in range(40) for token, share,
+                         lift in zip(*(t[concept].tolist() for t in table), strict=True)
+                         if token >= 0} for table in found)
+    assert 20 < len(few) < len(all_of_them)
+    both = few.keys() & all_of_them.keys()
+    assert len(both) > 20 and all(few[pair] == all_of_them[pair] for pair in both)
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_promoted_tokens_are_those_of_the_column_through_the_final_norm_and_the_head(bias):

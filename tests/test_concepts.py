@@ -7,13 +7,14 @@ import torch
 from conftest import CountProducts, run, tiny_gpt
 
 import concepts
-from concepts import ConceptModel, concept_model_of_run
+from concepts import ConceptModel, LabelConfig, concept_model_of_run
 from model import load_model
 from sae import SAE
 from support import reference
 from support.accounting import label_flops_per_token
 from support.activations import hidden_states
 from support.checkpoint import load_checkpoint
+from support.cli import parse
 from support.kernels import normalize
 
 CPU = torch.device("cpu")
@@ -74,8 +75,9 @@ def test_selection_by_activation_takes_the_strongest():
     _, h_normal, _ = read(cm, x)
     assert torch.equal(cm.labels(x, y), cm.sae.preactivations(h_normal).topk(4).indices)
 
-def test_where_too_few_concepts_are_active_only_active_ones_are_labels():
-    cm, (x, y) = make(), tokens()
+@pytest.mark.parametrize("select", ["attribution", "activation"])
+def test_where_too_few_concepts_are_active_only_active_ones_are_labels(select):
+    cm, (x, y) = make(select=select), tokens()
     # half of the positions keep fewer than three
     cm.sae.latent_bias -= read(cm, x)[2].values[..., 2].median()
     active, labels = read(cm, x)[2], cm.labels(x, y)
@@ -136,6 +138,16 @@ def test_a_teacher_has_the_models_logits_and_costs_no_second_forward(select, tar
         assert torch.equal(targets.labels, cm.labels(x, y))
         # labels by attribution have already run the upper blocks
         assert (counts[0] == counts[1]) == (select == "attribution")
+
+@pytest.mark.parametrize("mix", ["interleave", "add", "none"])
+@pytest.mark.parametrize("n_layer, insert_layer", [(3, 0), (3, 1), (3, 2), (1, 0)])
+def test_a_teacher_may_have_a_mixer_of_its_own(monkeypatch, mix, n_layer, insert_layer):
+    gpt = tiny_gpt(insert="concept", mix=mix, n_layer=n_layer, insert_layer=insert_layer)
+    monkeypatch.setattr(concepts, "load_gpt", lambda *_: (gpt.requires_grad_(False).eval(), "hash"))
+    cm, _ = concepts.load_concept_model(parse(LabelConfig, [])[0], CPU, target="none", teaches=True)
+    x, y = tokens()
+    teacher = cm.concept_targets(x, y).teacher
+    torch.testing.assert_close(teacher.x @ teacher.weight[:61].T, gpt(x).logits)
 
 def test_for_labels_from_disk_only_the_next_token_distribution_is_left():
     cm, (x, y) = make(), tokens()

@@ -4,6 +4,7 @@ from support.runtime import UserError
 import pytest
 
 from support import curves
+from support.log import read_log
 
 def log(losses, every=100, seed=1, flops=10, concept_flops=0, speed=50):
     """A run's log with an evaluation every so many tokens."""
@@ -40,6 +41,9 @@ def test_seeds_of_one_method_are_one_curve():
     assert list(found) == ["ntp", "other-9"]
     assert found["ntp"].losses == {1: [5.0, 3.0], 22: [6.0, 3.5]}
     assert len(found["other-9"].losses) == 1
+    logs = {"ntp": log([5.0]), "ntp-1": log([6.0]), "ntp-2": log([7.0], seed=2)}
+    assert {name: curve.losses for name, curve in curves.read_curves(logs).items()} == {
+        "ntp": {1: [5.0], 2: [7.0]}, "ntp-1": {1: [6.0]}}
     table = curves.learning_curves({"ntp": found["ntp"]})
     assert "5.500 ± 0.500 | 3.250 ± 0.250" in table
 
@@ -88,6 +92,9 @@ def test_rows_are_added_to_files_of_rows_only(tmp_path):
         curves.append_rows(path, row)
     assert path.read_text() == (
         '{"run": "a", "loss": 1.234568}\n{"row": "b"}\n{"model": "c", "loss": null}\n')
+    path.write_text('{"run": "a"}\n{"run": "b", "lo')  # a crash
+    curves.append_rows(path, dict(run="c"))
+    assert [row["run"] for row in read_log(path)] == ["a", "c"]
     for content in (b'{"step": 0}\n', b"# notes\n", b"\n", b"\xff\x00" * 9):
         other.write_bytes(content)
         with pytest.raises(UserError, match="log.jsonl is a file of something else"):
@@ -102,10 +109,14 @@ def test_panels_without_runs_are_left_out(tmp_path):
     texts = "training tokens", "first", "second", "empty"
     assert [svg.count(f"<!-- {text} -->") for text in texts] == [2, 1, 1, 0]
 
-def test_of_several_evaluations_the_most_complete_counts():
-    lines = [dict(tokens=8, limit=None, val_tokens=90, perplexity=5.0),
-             dict(tokens=8, limit=2, val_tokens=90, perplexity=7.0, extra=1),
-             dict(tokens=4, limit=None, val_tokens=10, perplexity=9.0)]
+def test_of_several_evaluations_the_most_complete_on_the_runs_own_text_counts():
+    lines = [{"tokens": 8, "limit": None, "val_tokens": 50, "perplexity": 5.0, "piqa/acc": 0.5},
+             {"tokens": 8, "limit": 2, "val_tokens": 90, "perplexity": 7.0, "piqa/acc": 0.25},
+             {"tokens": 8, "limit": None, "val_tokens": 99, "perplexity": 1.0, "dataset": "other"},
+             {"tokens": 4, "limit": None, "val_tokens": 10, "perplexity": 9.0, "dataset": None}]
     merged = curves.merge_evaluations(lines)
-    assert [(line["tokens"], line["perplexity"]) for line in merged] == [(4, 9.0), (8, 5.0)]
-    assert merged[1]["extra"] == 1
+    assert [(line["tokens"], line["perplexity"]) for line in merged] == [(4, 9.0), (8, 7.0)]
+    assert merged[1]["piqa/acc"] == 0.5 and "piqa/acc" not in merged[0]
+    measured = {measure: float(i) for i, measure in enumerate(curves.MEASURES)}
+    row, = curves.merge_evaluations([{"tokens": 8} | measured])
+    assert row["average_accuracy"] == 5 and row["task_perplexity"] == 1.5

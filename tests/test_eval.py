@@ -124,6 +124,36 @@ def test_every_checkpoint_is_evaluated_and_the_figures_drawn(kept, folder, tmp_p
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["x-averages.png", "x-tasks.png", "x.png"]
 
+def test_what_cannot_be_evaluated_is_left_out_and_results_stay_with_their_run(
+        chain, dataset, tmp_path):
+    for name in ("ntp", "cocomix"):
+        shutil.copytree(chain[name], tmp_path / name, ignore=lambda *_: ["eval.jsonl"])
+    ntp, lost = tmp_path / "ntp", tmp_path / "lost"
+    shutil.copytree(ntp, lost)
+    content = torch.load(lost / "ckpt.pt")
+    content["train_config"]["dataset"] = str(tmp_path / "gone")
+    torch.save(content, lost / "ckpt.pt")
+    rows = tmp_path / "rows.jsonl"
+    status, out, err = run(evaluation.main, lost, ntp, f"--write={rows}", "--tokens=500")
+    assert status == 0 and "left out: lost: no dataset" in out, err
+    assert [row["run"] for row in read_log(rows)] == ["ntp"]
+    status, out, err = run(evaluation.main, lost, lost / "ckpt.pt")
+    assert status == 1 and err == "error: none of these runs can be evaluated\n"
+    assert "is the folder of another run" in run(
+        evaluation.main, ntp, f"--out_dir={tmp_path / 'cocomix'}")[2]
+    assert "name the run without a key" in run(evaluation.main, f"--out_dir={ntp}")[2]
+    assert not (tmp_path / "cocomix" / "eval.jsonl").exists()
+
+def test_only_the_steps_that_a_run_kept_are_its_files(kept, tmp_path):
+    mine = shutil.copytree(kept, tmp_path / "mine", ignore=lambda *_: ["eval.jsonl"])
+    shutil.copy(mine / "step_4.pt", mine / "step_best.pt")
+    status, out, err = run(evaluation.main, mine, "--every", "--tokens=500", "--tasks=none")
+    assert status == 0 and [line["step"] for line in read_log(mine / "eval.jsonl")] == [4, 8], err
+    keys = load_checkpoint(mine)["train_config"]
+    argv = [f"--{name}={keys[name]}" for name in ("dataset", "method", "concept_model", "sae")]
+    assert run(train.main, *TINY, *argv, f"--out_dir={mine}", "--overwrite")[0] == 0
+    assert [path.name for path in mine.glob("step_*")] == ["step_best.pt"]
+
 METHODS = typing.get_args(typing.get_type_hints(train.Config)["method"])
 COCOMIX = "--mix=interleave_residual", "--mix=add", "--mix=none", "--target=l2"
 
@@ -207,7 +237,7 @@ BAD = {  # what is wrong: (arguments, what the line must say)
         ("{ntp} --eval_data={bad} --tasks=hellaswag", "hellaswag.jsonl.gz", "damaged"),
     "documents nested too deeply":
         ("{ntp} --eval_data={bad} --tasks=social_iqa", "social_iqa.jsonl", "RecursionError"),
-    "a run as GPT-2": ("--model={ntp}", "is a run or not with GPT-2's tokens", "python eval.py /"),
+    "a run as GPT-2": ("--model={ntp}", "is not GPT-2's weights", "python eval.py /"),
     "missing GPT-2 weights": ("--model={bad}/gpt2-none.bin", "No such file", "gpt2-none"),
     "GPT-2 with nothing to evaluate it on":
         ("--model={gpt2} --tasks=none", "nothing to evaluate", "--dataset"),

@@ -114,8 +114,10 @@ def test_other_keys_after_an_interruption_start_anew(small, tmp_path, monkeypatc
 def test_a_second_call_does_nothing_and_another_dataset_is_not_overwritten(small, tmp_path):
     assert prepare(small, tmp_path, "--num_docs=150")[0] == 0
     before = (tmp_path / "train.bin").stat().st_mtime_ns
-    status, out, _ = prepare("/nowhere", tmp_path, "--num_docs=150")
+    status, out, _ = prepare(small, tmp_path, "--num_docs=150")
     assert status == 0 and "already prepared" in out
+    status, _, err = prepare("/elsewhere", tmp_path, "--num_docs=150")
+    assert status == 1 and "source='/" in err and "--force" in err
     assert (tmp_path / "train.bin").stat().st_mtime_ns == before
     status, _, err = prepare(small, tmp_path, "--num_docs=160")
     assert status == 1 and "num_docs=150" in err and "--force" in err

@@ -50,6 +50,7 @@ def test_training_on_stored_labels_equals_training_on_the_fly(
     for a, b in zip(disk, fly, strict=True):
         for name in compared & {*a, *b}:
             assert a[name] == b[name]
+    assert disk[0]["concept_flops_per_token"] == fly[0]["concept_flops_per_token"] > 0
     kd = log("kd", "--labels=disk", "--method=cocomix_kd", "--kd_weight=0")
     assert kd[-1]["val_loss"] == pytest.approx(fly[-1]["val_loss"], abs=1e-6)
 

@@ -121,7 +121,10 @@ def test_the_stand_in_refuses_float64_on_the_device():
 def test_auto_follows_the_gpu(monkeypatch, capability, bf16, compiled):
     """GTX 1080, V100, T4, A100, H100, RTX 5090."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(device, "find_spec", lambda name: None)
     gpu = torch.device("cuda", 0)
+    assert not device.should_compile(SimpleNamespace(compile="auto"), gpu)  # Triton is missing
+    monkeypatch.setattr(device, "find_spec", lambda name: name == "triton")
     for cfg, chosen in ((SimpleNamespace(dtype="auto", compile="auto"), (bf16, compiled)),
                         (SimpleNamespace(dtype="bfloat16", compile=True), (True, True)),
                         (SimpleNamespace(dtype="float32", compile=False), (False, False))):

@@ -5,12 +5,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import run
 
 import concepts
 from model import load_model
+from support import report
 from support.checkpoint import load_checkpoint
 from support.concept_index import describe, index_of_run, used
 from support.report import write_report
@@ -72,6 +74,21 @@ def test_the_report_is_one_file_with_the_whole_index(cocomix):
     assert [[label for _, _, label in passage] for passage in passages] == labels.tolist()
     found = [[[i for i, _ in pairs] for _, pairs, _ in passage] for passage in passages]
     assert found == predicted.tolist()
+
+def test_a_passage_may_have_characters_of_several_tokens(cocomix, monkeypatch):
+    _, content, model, concept_model, _ = cocomix
+    text = np.frombuffer(("привет " * 99).encode(), np.uint8).astype("<u2")
+    monkeypatch.setattr(report, "tokens_of_run", lambda *_: text)
+    tokenizer = load_tokenizer(content["tokenizer"])
+    found = report.passages(content, model, concept_model, tokenizer, n=1)
+    assert "привет" in "".join(token for token, _, _ in found[0])
+
+def test_the_command_in_a_report_elsewhere_names_the_run(cocomix, tmp_path):
+    out = tmp_path / "my report"
+    status, _, err = run(concepts.main, cocomix[0], "--device=cpu", f"--out_dir={out}")
+    assert status == 0, err
+    data = json.loads(Page((out / "concepts.html").read_text()).scripts[0])
+    assert data["command"] == f"python sample.py {cocomix[0]}"
 
 def test_files_of_others_are_kept_until_overwrite(cocomix, tmp_path):
     shutil.copytree(cocomix[0], tmp_path / "run", ignore=shutil.ignore_patterns("concepts.*"))

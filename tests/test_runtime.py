@@ -87,6 +87,12 @@ def test_what_only_torchrun_sets_is_one_line_without_it(env, message):
 def test_what_torchrun_sets_is_accepted():
     assert start(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", **ADDRESS) == (0, "")
 
+@pytest.mark.parametrize("script", ["sae.py", "concepts.py", "eval.py", "sample.py", "bench.py"])
+def test_only_train_runs_in_several_processes(script):
+    code = f"import runpy; runpy.run_path({script!r}, run_name='__main__')"
+    status, err = start(code, WORLD_SIZE="2", RANK="0", **ADDRESS)
+    assert status == 1 and err.startswith("error: only train.py runs in several processes")
+
 def test_an_old_python_is_one_line():
     status, err = start("import sys; sys.version_info = (3, 9, 18); import support.runtime")
     assert (status, err) == (1, "error: Python 3.9 is too old: 3.10 or newer is needed\n")
@@ -105,6 +111,7 @@ def test_without_a_terminal_the_bar_writes_a_line_every_ten_seconds(monkeypatch)
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_signals_are_kept_until_the_loop_reads_them(capsys, name):
     number = getattr(signal, name)
+    started_with = signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
     before = signal.getsignal(number)
     with Stop() as stop:
         assert stop.signal is None
@@ -113,6 +120,7 @@ def test_signals_are_kept_until_the_loop_reads_them(capsys, name):
         assert stop.signal == number
         assert stop.leave(stop.signal, "out/ckpt.pt", 5) == 128 + number
     assert signal.getsignal(number) is before
+    signal.signal(number, started_with)
     assert capsys.readouterr().err == (f"\nstopped by {name} at step 5; saved in out/ckpt.pt; "
                                        "--resume continues from there\n")
 

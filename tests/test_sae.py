@@ -1,6 +1,7 @@
 """The SAE: its losses against dense formulas, its file layout, its training."""
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from support.runtime import UserError
@@ -210,8 +211,10 @@ def test_the_report_on_a_perfect_and_on_a_useless_sae(chain, dataset):
         useless.encoder.zero_()
     assert reported(useless)["fvu"] == pytest.approx(1, abs=1e-4)
 
-def test_layers_without_one_state_per_token_are_refused(chain):
+@pytest.mark.parametrize("mix", ["interleave", "add", "none"])
+def test_layers_above_a_mixer_or_without_a_block_above_are_refused(chain, mix):
     gpt, _ = load_gpt(chain["cocomix"])
+    gpt.config = replace(gpt.config, mix=mix)
     check_layer(gpt, 0)
     with pytest.raises(UserError, match="concept_layer=1 is above the concept model's own mixer"):
         check_layer(gpt, 1)

@@ -130,8 +130,12 @@ def test_steer_takes_numbers_and_words_and_shows_both_models(cocomix):
     status, out, err = run(sample.main, *common, f"--steer={word}:-8", "--model=run")
     assert status == 0 and f"{word!r}: concept {found}, at" in out and "│" not in out, err
     assert f"concept {found} × -8, before {index.name(found, tokenizer)}" in out
+    status, _, err = run(sample.main, *common, f"--steer={found}:3,{word}:-8")
+    assert status == 1 and f"concept {found} already has a factor" in err
     status, out, err = run(sample.main, *common, "--steer")
     assert status == 0 and out.count("── concept") == 3, err
+    status, out, err = run(sample.main, *common, "--steer=3:9", "--num_samples=2", "--model=run")
+    assert status == 0 and "── plain, sample 2 ──" in out and ", sample 1 ──" in out, err
 
 def test_a_factor_of_one_changes_nothing_and_a_sweep_has_a_text_per_factor(cocomix):
     common = [cocomix[0], "--device=cpu", "--max_new_tokens=20", "--start=def f", "--model=run"]
@@ -175,6 +179,15 @@ def test_inspect_shows_each_tokens_predicted_concepts_by_name_and_weight(cocomix
     strongest = zip(first.indices[0, :, 0].tolist(), first.values[0, :, 0].tolist(), strict=True)
     expected = [f"{c} {index.name(c, tokenizer, 1)} {z:.1f}" for c, z in strongest]
     assert shown[:32] == expected and len(shown) == 65
+
+def test_without_a_prompt_the_concepts_are_those_after_the_end_of_text_token(
+        cocomix, monkeypatch):
+    seen, inspection = [], sample.inspection
+    monkeypatch.setattr(sample, "inspection", lambda *a: seen.append(a[1]) or inspection(*a))
+    status, out, err = run(sample.main, cocomix[0], "--device=cpu", "--inspect",
+                           "--max_new_tokens=5", "--stop=false")
+    assert status == 0 and len(seen[0]) == 6 and seen[0][0] == cocomix[3].eot_token, err
+    assert "<|endoftext|>" not in out.partition("CoCoMix:")[0]
 
 def test_beyond_block_size_concepts_are_read_with_half_a_block_before_them():
     model = tiny_gpt(insert="concept")

@@ -193,7 +193,7 @@ class Counting(distributed.DistributedDataParallel):
         self.register_comm_hook(None, counted)
 distributed.DistributedDataParallel = Counting
 {code}
-runtime.run(train.main)
+runtime.run(train.main, parallel=True)
 """
 
 def torchrun(processes, script, *argv):

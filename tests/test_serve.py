@@ -3,6 +3,7 @@ import http.client
 import json
 import shutil
 import threading
+import time
 
 from support.runtime import UserError
 
@@ -171,6 +172,25 @@ def test_a_long_body_and_a_full_queue_are_refused(served, monkeypatch):
     monkeypatch.setattr(server.jobs, "_qsize", lambda: 1)
     assert ask(server, "POST", "/generate", BODY)[0] == 503
 
+def test_requests_of_a_page_that_has_gone_make_room(served, monkeypatch):
+    server, playground = served
+    busy, gone_on = threading.Event(), threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(playground, "perplexities",
+                      lambda *_: busy.set() or gone_on.wait(30) and None)
+        first = threading.Thread(target=play, args=[server])
+        first.start()
+        assert busy.wait(30)
+        text = json.dumps(BODY)
+        for _ in range(serve.WAITING):
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1])
+            connection.request("POST", "/generate", text, {"Content-Type": "application/json"})
+            connection.close()
+        time.sleep(1)  # the server notices
+        gone_on.set()
+        first.join()
+    assert "concepts" in play(server)[-1]
+
 def test_an_error_ends_one_request_only(served, monkeypatch, capfd):
     server, playground = served
     with monkeypatch.context() as patch:
@@ -220,9 +240,23 @@ def test_the_page_in_a_browser(served, tmp_path):
         assert browser.run("document.querySelectorAll('[data-row=\"0-1\"] .new').length")
         assert browser.run("document.querySelectorAll('.cost').length") == 2
         assert browser.run("document.querySelector(\"[data-row='0-0']\").textContent") == plain
-        browser.run("document.querySelector(\"[data-row='0-0']\").focus()")
+        assert browser.run("document.activeElement.dataset.slider")  # the keys stay with it
+        browser.click("[data-row='0-1'] span", 5)
         browser.press("ArrowRight", 39)
         assert browser.run("document.querySelectorAll('.chosen').length") == 1
+        before = browser.run(steered)
+        browser.run("document.querySelector('[data-slider]').focus()")
+        for _ in range(30):
+            browser.press("ArrowRight", 39)
+        browser.wait(f"{steered} !== {json.dumps(before)} && {done}")
+        browser.wait("document.querySelector('#token .concept')")
+        shown = browser.run("document.querySelector('#token h2').textContent")
+        chosen = browser.run("visible(document.querySelector('.chosen').textContent)")
+        assert shown == f"At {chosen}"
+        browser.click("#sliders [aria-label^=remove]")               # the steered text goes
+        browser.wait(f"!document.querySelector(\"[data-row='0-1']\") && {done}")
+        assert browser.run("document.getElementById('token').hidden")
+        assert browser.run("document.activeElement.id") == "find"
         for width in (390, 1200):
             browser.resize(width, 800)
             assert browser.run("document.documentElement.scrollWidth <= innerWidth")

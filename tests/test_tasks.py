@@ -168,6 +168,8 @@ def test_standard_errors_are_those_of_a_bootstrap():
     single = [(1.0, 1), (0.0, 1), (0.0, 1), (0.0, 1)]
     assert tasks.mean_and_error(single) == (0.25, pytest.approx(0.25))  # stdev / sqrt(n)
     assert tasks.mean_and_error([(1.0, 1)]) == (1.0, None)
+    with pytest.raises(UserError, match="nothing to score"):
+        tasks.mean_and_error([(0.0, 0)])
 
 def test_averages_are_those_of_table_1():
     ntp_69m = 25.3, 107.6, 52.3, 0.274, 0.594, 0.366, 0.397, 0.507  # in the paper

@@ -17,6 +17,7 @@ from conftest import TINY, StopAt, make_dataset, run
 import eval as evaluation
 import train
 from model import load_model
+from support import accounting, checkpoint
 from support.checkpoint import load_checkpoint
 from support.log import read_log
 from support.training import read_config
@@ -316,6 +317,17 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(dataset, tmp_p
     assert all(t.isfinite().all() for t in load_checkpoint(tmp_path)["model"].values())
 
 # -- batches ---------------------------------------------------------------------------------------
+
+def test_memory_is_looked_at_before_a_resumed_optimizer_takes_some(
+        dataset, tmp_path, monkeypatch):
+    argv, seen = arguments(dataset, tmp_path / "run"), []
+    trained(*argv)
+    for module, name in ((accounting, "micro_batch"), (checkpoint, "load_optimizer")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *argv, call=original, name=name:
+                            seen.append(name) or call(*argv))
+    trained(*argv, "--max_iters=10", "--resume")
+    assert seen == ["micro_batch", "load_optimizer"]
 
 @pytest.mark.parametrize("micro", [1, 2, 3])
 def test_micro_batches_add_up_to_the_batch(dataset, tmp_path, double, micro):

@@ -45,6 +45,7 @@ from support.device import compile_model, keep_freed_memory, pick_device, should
 from support.distributed import Ranks
 from support.log import read_log
 from support.tokens import load_meta
+from support.training import keys_in
 
 MEASURED = Path(__file__).resolve().parent / "results" / "bench-h200.jsonl"
 OFFICIAL = dict(mix="interleave", select="attribution", labels="fly", concept_lr_scale=1.0,
@@ -256,7 +257,7 @@ def read_rows(argv):
     wanted = []
     for file in files:
         (cfg, _), name = parse(Config, [file, *keys], __doc__, most=0), Path(file).stem
-        if any(a.replace("-", "_").startswith("__max_iters") for a in keys):  # as in train.py
+        if "max_iters" in keys_in(keys):  # it replaces the config file's max_tokens
             cfg = replace(cfg, max_tokens=None)
         wanted.append((name, cfg, ""))
         if train.inserts(cfg) != "concept":

@@ -17,10 +17,14 @@ from support.device import compile_model, pick_device, should_compile, uses_bf16
 from support.distributed import Ranks
 from support.log import Log, SpikeDetector
 
+def keys_in(argv):
+    """The keys that a command line gives, those of its config files left out."""
+    return {a.lstrip("-").partition("=")[0].replace("-", "_") for a in argv if a.startswith("--")}
+
 def read_config(cls, argv, doc):
     """The Config of train.py from a command line. UserError: keys that contradict each other."""
     cfg, _ = parse(cls, argv, doc, most=0)
-    given = {a.lstrip("-").partition("=")[0].replace("-", "_") for a in argv if a.startswith("--")}
+    given = keys_in(argv)
     if {"max_iters", "max_tokens"} <= given:
         raise UserError("--max_iters and --max_tokens exclude each other: one sets the other")
     if cfg.max_tokens is not None and "max_iters" not in given:

@@ -1,4 +1,4 @@
-"""The lead over NTP as training goes on, and where students pass their concept model.
+"""The lead over NTP during training, and where students pass their concept model.
 
     python results/books-cpu-long/gaps.py
 

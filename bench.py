@@ -11,6 +11,7 @@ weights of the same shapes take the same time. --official is the official code's
 (support/reference.py): float32, everything dense, four separate cross-entropies, concept model and
 SAE not frozen. --count takes hours from results/bench-h200.jsonl (--write).
 """
+import gc
 import platform
 import signal
 import statistics
@@ -92,6 +93,9 @@ def make_models(cfg, device):
     with device:
         return train.build_model(cfg, run, concept_model), concept_model
 
+def flops_of(cfg, model):
+    return accounting.flops_per_token(model, concept_loss=cfg.concept_weight > 0)
+
 def count(name, cfg):
     """A row of --count; millions of parameters and FLOPs per token, billions of tokens."""
     model, concept_model = make_models(cfg, torch.device("meta"))
@@ -103,7 +107,7 @@ def count(name, cfg):
     return dict(
         row=name, shape=f"{cfg.n_layer} × {cfg.n_embd}", params=accounting.num_params(model) / 1e6,
         active_params=accounting.num_params(model, active=True) / 1e6, tokens=tokens / 1e9,
-        flops=accounting.flops_per_token(model) / 1e6, concept_flops=concept_flops / 1e6 or None,
+        flops=flops_of(cfg, model) / 1e6, concept_flops=concept_flops / 1e6 or None,
         hours=f"{tokens / speeds[name] / 3600:,.0f}" if name in speeds else "not measured")
 
 def clocked(f, times=1):
@@ -130,7 +134,8 @@ class Row:
         if c.n_concepts and cfg.labels == "disk":
             self.labels = torch.randint(c.n_concepts, (*self.x.shape, cfg.attr_k), device=device)
         self.concept_model = train.asked(cfg, concept_model)
-        del concept_model  # freed here, where labels come from disk
+        del concept_model
+        gc.collect()  # freed here, where labels come from disk
         self.asks = self.concept_model is not None and kind != "official"
         if kind == "official":
             self.concept_model.gpt.requires_grad_(), self.concept_model.sae.requires_grad_()
@@ -139,7 +144,7 @@ class Row:
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
         self.parallel = compile_model(self.model) if compiled else self.model
         self.concept_flops = accounting.label_flops_per_token(self.concept_model, cfg.block_size)
-        self.flops = self.concept_flops + accounting.flops_per_token(self.model)  # per token
+        self.flops = self.concept_flops + flops_of(cfg, self.model)  # per token
         self.step(), self.step()  # compile, allocate the optimizer's state
         known = device.type == "cuda" or device.type == "cpu" and resource
         self.facts = dict(

@@ -8,10 +8,10 @@
 
 For tokens and the next tokens, with h the hidden state after block concept_layer:
 
-    c = the SAE's active concepts of h                         sparse, k of C
+    c = the SAE's active concepts of h (c_pre: before TopK)    sparse, k of C
     g = ∂(mean next-token loss) / ∂h                           weights frozen
     a_i = c_i · ⟨W_dec,i, g⟩                                   attribution, at the active i (eq. 1)
-    labels = the attr_k largest a_i                            concepts that would raise the loss
+    labels = the attr_k largest a_i                            if they grew, the loss would most
 """
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
@@ -48,7 +48,7 @@ class ConceptModel:
     target        what labels are: concept, (B, T, attr_k); hidden, the normalised hidden state;
                   pause or none, no labels
     select        attribution, or activation: the attr_k most active concepts
-    attribution   code: a_i at the active concepts; paper: at all C, with c before TopK (eq. 1)
+    attribution   code: a_i at the active concepts; paper: at all C, with c_pre for c (eq. 1)
     sign          raise: the largest a_i (paper and code); lower: the largest -a_i; abs: |a_i|
     teaches       whether its next-token distribution is needed too
     bf16          the GPT's matrix products in bfloat16 (the SAE's: float32, TF32 on a GPU)
@@ -89,7 +89,7 @@ class ConceptModel:
         return self.concept_targets(idx, y, teaches=False).labels
 
     def distribution_only(self):
-        """The same model asked for its next-token distribution only: labels come from disk."""
+        """The same model asked for its next-token distribution only: steps need no labels."""
         return ConceptModel(self.gpt, None, self.layer, target="none", teaches=True, bf16=self.bf16,
                             compile=self.compile)
 
@@ -126,7 +126,7 @@ class ConceptModel:
 
     def _choose(self, x, active, grad):
         """Label concepts (B, T, attr_k) by attribution, best first (eq. 1)."""
-        if self.attribution == "paper":  # all C compete, with c before TopK; (T, C) at a time
+        if self.attribution == "paper":  # all C compete, with c_pre; (T, C) at a time
             rows = [self.sae.preactivations(x_row) * (grad_row @ self.sae.decoder.T)
                     for x_row, grad_row in zip(x, grad, strict=True)]
             return torch.stack([self._signed(a).topk(self.attr_k).indices for a in rows])
@@ -216,7 +216,7 @@ class LabelConfig:
 
 @dataclass(frozen=True)
 class Config(LabelConfig):
-    find: str | None = key(None, "words: print the concepts that match them best")
+    find: str = key("", "words: print the concepts that match them best")
     tokens: int | None = key(None, "training tokens to index (none: any index, else 1M)", low=1)
     top: int = key(20, "concepts to print", low=1)
     pages: int = key(4096, "concepts in the report, the most used", low=1)
@@ -256,7 +256,7 @@ def main(argv):
     if cfg.weights:
         return report.show_weights(column_norms(model), cfg.plot)
     run_concept_model = cache(partial(concept_model_of_run, content, device))
-    report.show_index(path.parent, content, model, tokenizer_of_run(content), cfg,
+    report.show_index(path, content, model, tokenizer_of_run(content), cfg,
                       run_concept_model, device)
 
 if __name__ == "__main__":

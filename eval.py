@@ -27,7 +27,14 @@ import torch
 import concepts
 from model import load_gpt, load_model
 from support import curves
-from support.checkpoint import RUN, files_of_run, find_checkpoint, load_checkpoint, relocate
+from support.checkpoint import (
+    RUN,
+    files_of_run,
+    find_checkpoint,
+    index_name,
+    load_checkpoint,
+    relocate,
+)
 from support.cli import key, parse
 from support.concept_index import index_of_run
 from support.curves import append_rows
@@ -36,7 +43,7 @@ from support.log import read_log
 from support.published import find_weights
 from support.steering import STEERING, plot_steering, steering, steering_summary
 from support.tasks import DETAILS, choose_tasks, details, run_task
-from support.tokens import sequential, tokenizer_of_run, tokens_of_run
+from support.tokens import is_unchanged, sequential, tokenizer_of_run, tokens_of_run
 
 @dataclass(frozen=True)
 class Config:
@@ -125,6 +132,7 @@ def evaluate_checkpoint(name, content, model, tasks, device, cfg, log=()):
         size = cfg.tokens, cfg.batch_size, cfg.dataset is not None
         with left_out("val loss", tasks):
             row |= evaluate(content, model, device, *size)
+        with left_out("official perplexity"):
             if cfg.official:
                 row["official_perplexity"] = official_perplexity(content, model, device, *size)
     if tasks:
@@ -171,8 +179,9 @@ def main_evaluate(cfg, runs, device):
                 rows.append(evaluate_checkpoint(
                     name, content, load_model(content, device), tasks(content["tokenizer_hash"]),
                     device, cfg, so_far))
-                about = dict(limit=cfg.limit, dataset=cfg.dataset, batch_size=cfg.batch_size,
-                             evaluated_on=str(device))
+                other = "loss" in rows[-1] and not is_unchanged(content, "val")
+                about = dict(limit=cfg.limit, dataset=cfg.dataset if other else None,
+                             batch_size=cfg.batch_size, evaluated_on=str(device))
                 with left_out("a line in eval.jsonl (--out_dir=FOLDER writes it elsewhere)"):
                     append_rows(Path(cfg.out_dir or path.parent) / "eval.jsonl", rows[-1] | about)
     if cfg.model:
@@ -203,7 +212,7 @@ def main_steering(cfg, runs, device):
         f"{path}: nothing to steer: --steering needs a cocomix run with a mix")
     concept_model = cache(partial(concepts.concept_model_of_run, content, device, dtype="float32"))
     folder = Path(cfg.out_dir or path.parent)
-    index = index_of_run(folder, content, model, concept_model, device)
+    index = index_of_run(folder, content, model, concept_model, device, name=index_name(path))
     models = {"CoCoMix": model}
     with left_out("steering the concept model"):
         models["concept model"] = concepts.steerable(concept_model())
@@ -223,6 +232,7 @@ def main(argv):
         append_rows(cfg.write)  # if it fails, then now
     device = pick_device(cfg.device)
     torch.set_float32_matmul_precision("highest")  # TF32 would round the harness's numbers
+    assert not (cfg.steering and cfg.compare), "--steering and --compare exclude each other"
     if cfg.steering:
         return main_steering(cfg, runs, device)
     if cfg.compare:

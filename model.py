@@ -6,7 +6,7 @@
     z = M(h)                                                concept logits, length C
     L_concept = logsumexp(z) - mean of z_i over the labels  (eq. 2)
     ĉ = W TopK(z) + b_W                                     (eq. 3)
-    loss = next-token loss, read at the ĉ positions, + λ L_concept                       (eq. 4)
+    total = next-token loss, read at the ĉ positions, + λ L_concept    (eq. 4, train.step_losses)
 
 GPT-2's architecture: learned positions, pre-LayerNorm, GELU-tanh, tied head, optional biases.
 Other mixers (support/ablations.py) insert a pause vector or a predicted hidden state; a plain GPT
@@ -51,7 +51,7 @@ class ModelConfig:
     dropout: float = 0.0
     bias: bool = True
     embedding_std: float = 0.02  # initial std of the token embedding
-    init_std: float = 0.02       # … of all others but the mixer (0.02)
+    init_std: float = 0.02       # … of the blocks' matrices and wpe; the mixer's is always 0.02
     insert: str = "none"         # the mixer: concept (CoCoMix), hidden, pause, or none
     mix: str = "interleave"      # (h_1, ĉ_1, …); interleave_residual: h + ĉ for ĉ; add: h + ĉ; none
     insert_layer: int = 0        # the mixer sits at the input of this block
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         """x (B, P, d), P positions → (B, P, d), or only its positions `queries` (a slice). cache: a
         KVCache that holds the positions before x. mask (B, P, P) bool: true where a query (row)
         sees a key; default: causal."""
-        B, T, d = x.shape
+        B, P, d = x.shape
         read = slice(None)
         causal = cache is None and mask is None
         if queries is not None and causal and kernels.skips_mask(x.device):
@@ -104,9 +104,9 @@ class Attention(nn.Module):
         if mask is not None:
             mask = mask[:, None] if queries is None else mask[:, None, queries]
         elif several and (past or queries is not None):  # query i is position past + i
-            at = torch.arange(past, past + T, device=x.device)
+            at = torch.arange(past, past + P, device=x.device)
             rows = at if queries is None else at[queries]
-            mask = rows[:, None] >= torch.arange(past + T, device=x.device)
+            mask = rows[:, None] >= torch.arange(past + P, device=x.device)
         y = kernels.attention(q, k, v, mask, several and mask is None,
                               self.dropout if self.training else 0.0)
         return self.c_proj(y.transpose(1, 2)[:, read].flatten(2))
@@ -143,7 +143,7 @@ class ConceptMixer(nn.Module):
         x = normalize(h) - b;  z = M x + b_M;  ĉ = (W TopK(z) + b_W + b) · σ + μ
 
     TopK keeps values as they are, without ReLU. The paper omits normalisation and b; the official
-    code has both.
+    code has both. compress is W.T: its row i, W's column i, is concept i's vector.
     """
     def __init__(self, config):
         super().__init__()
@@ -203,14 +203,14 @@ class GPT(nn.Module):
     def forward_blocks(self, x, start, stop, cache=None, mask=None):
         """x at the input of block `start` → after block stop-1.
 
-        Nothing reads the h positions of the last interleaved block, so it returns the T ĉ positions
-        only. mask (B, positions, positions) bool: what each position sees (default: causal).
+        Nothing reads the h positions after the last block, so that of an interleaved model returns
+        the T ĉ positions only. mask (B, P, P) bool: what each position sees (default: causal).
         """
         c = self.config
         for i in range(start, stop):
             queries = slice(1, None, 2) if c.interleaved and i == c.n_layer - 1 else None
             if self.checkpoint_blocks and torch.is_grad_enabled():  # recomputed in the backward
-                x = checkpoint(self.h[i], x, queries, use_reentrant=False)
+                x = checkpoint(self.h[i], x, queries, None, mask, use_reentrant=False)
             else:
                 x = self.h[i](x, queries, None if cache is None else cache[i], mask)
         return x
@@ -232,7 +232,7 @@ class GPT(nn.Module):
         return Mixed(h, concepts, loss)
 
     def finish(self, h, start, labels=None, scale=None):
-        """h (B, T, d) at the input of block start ≤ insert_at → (final hidden states, Mixed)."""
+        """`forward` from h (B, T, d) at the input of block start ≤ insert_at: (h_final, Mixed)."""
         h = self.forward_blocks(h, start, self.config.insert_at)         # lower blocks
         mixed = self.mix(h, labels, scale)                               # mixer
         h_final = self.forward_blocks(mixed.h, self.config.insert_at, self.config.n_layer)  # upper

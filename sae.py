@@ -6,7 +6,8 @@
 unbiased standard deviation over its features:
 
     x = (h - μ) / (σ + 1e-5)
-    c = ReLU(TopK(W_enc (x - b_pre) + b_lat))     C concepts, k of them nonzero, kept as a TopK
+    c_pre = W_enc (x - b_pre) + b_lat             C concepts
+    c = ReLU(TopK(c_pre))                         at most k of them nonzero, kept as a TopK
     ĥ = (W_dec c + b_pre) · σ + μ                 W_dec's directions have unit norm
 
 Files have the layout of the published SAEs (openai/sparse_autoencoder): those load here, ours load
@@ -40,7 +41,7 @@ class Config:
     k: int = key(32, "latents kept by TopK", low=1)
     k_aux: int = key(256, "dead latents in the auxiliary loss; 0 turns it off", low=0)
     aux_weight: float = key(1 / 32, "weight of the auxiliary loss", low=0)
-    dead_tokens: int | None = key(None, "dead: did not fire for so many (none: 10M or 5%)", low=1)
+    dead_tokens: int | None = key(None, "dead: silent for so many (none: 10M, at most 5%)", low=1)
     max_tokens: int = key(100_000_000, "tokens to train on", low=1)
     batch_size: int = key(131072, "tokens per optimizer step", low=2)
     buffer: int = key(8, "batches of hidden states shuffled together", low=1)
@@ -73,7 +74,7 @@ class SAE(nn.Module):
         return TopK(top.values.relu(), top.indices)
 
     def preactivations(self, x):
-        """All C concepts before TopK: (…, d) → (…, C)."""
+        """c_pre: (…, d) → (…, C)."""
         return F.linear(x - self.pre_bias, self.encoder, self.latent_bias)
 
     def decode(self, top):
@@ -131,7 +132,7 @@ def losses(sae, x, dead, k_aux):
         else:
             kept, _ = linear_topk(*inputs, k)
             rebuilt = sparse_decode(TopK(kept.values.relu(), where[kept.indices]), sae.decoder)
-        rebuilt = rebuilt + sae.pre_bias  # openai's code: b_pre, in the target a constant, learns
+        rebuilt = rebuilt + sae.pre_bias  # as in openai's code: a constant only in the target
         target = residual.detach() + sae.pre_bias.detach()
         aux = variance_share(target - rebuilt, target).nan_to_num(0.0, posinf=0.0)
     return fvu, aux, top

@@ -25,9 +25,26 @@ import torch
 
 from concepts import concept_model_of_run, steerable
 from model import load_model
-from support.checkpoint import RUN, find_checkpoint, kind_of_run, load_checkpoint, relocate
+from support.checkpoint import (
+    RUN,
+    find_checkpoint,
+    index_name,
+    kind_of_run,
+    load_checkpoint,
+    relocate,
+    run_of,
+)
 from support.cli import key, parse
-from support.concept_index import NAME, describe, find, index_of_run, texts, used
+from support.concept_index import (
+    NAME,
+    describe,
+    find,
+    index_of_run,
+    quoted,
+    texts,
+    token_text,
+    used,
+)
 from support.device import pick_device
 from support.engine import concepts_at, decoder, stream
 from support.serve import FACTOR, HOTTEST, SLIDERS, TOKENS, Playground, Server
@@ -45,7 +62,7 @@ class Config:
     top_k: int | None = key(200, "sample from this many most likely tokens (none: all)", low=1)
     stop: bool = key(True, "end a text at the end-of-text token")
     seed: int = key(1337, "of the random numbers", low=0, high=2**32 - 1)
-    steer: str | None = key(None, "CONCEPT:FACTOR,…, by number or words; without a value: three "
+    steer: str = key("", "CONCEPT:FACTOR,…, by number or words; without a value: three "
                             "often used concepts", bare="auto", follows=r"[^-].*:-?[\d.]|-\d+:")
     steer_sweep: bool = key(False, "steer by factors from -10 to 10; --steer then takes no factors")
     model: Literal["run", "concept", "both"] | None = key(
@@ -190,7 +207,7 @@ def inspection(model, ids, scale, index, tokenizer, width, n=3):
     for token, concepts, values in zip(ids, *strongest, strict=True):
         notes = [f"{concept} {index.name(concept, tokenizer, 1)} {value:.1f}"
                  for concept, value in zip(concepts, values, strict=True)]
-        cells.append([repr(tokenizer.decode([token])), *notes])
+        cells.append([quoted(token_text(tokenizer, token)), *notes])
     return gloss(cells, width)
 
 def read_prompt(start, tokenizer):
@@ -200,7 +217,8 @@ def read_prompt(start, tokenizer):
         try:
             start = Path(start[5:]).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as e:
-            raise UserError(f"{start[5:]} is not UTF-8 text (byte {e.start})") from e
+            raise UserError(f"{start[5:]} is not UTF-8 text (byte {e.start}); convert it: iconv -f "
+                            f"LATIN1 -t UTF-8 {start[5:]}") from e
     return encode_text(tokenizer, start, special=True) or [tokenizer.eot_token]
 
 def load_models(cfg, content, model, load_concept_model):
@@ -222,7 +240,7 @@ def load_models(cfg, content, model, load_concept_model):
             print(f"only the run is steered: {e}")
     return models
 
-def playground(cfg, content, models, index, tokenizer, chosen):
+def playground(cfg, path, content, models, index, tokenizer, chosen):
     """What --serve shows: the page's Playground."""
     for concept, factor in chosen.items():
         assert abs(factor) <= FACTOR, f"steer={concept}:{factor:g}: a slider ends at {FACTOR}"
@@ -239,7 +257,7 @@ def playground(cfg, content, models, index, tokenizer, chosen):
     size = min(gpt.config.block_size for gpt in models.values())
     assert len(prompt) <= size, f"a prompt of {len(prompt)} tokens: the page takes at most {size}"
     start = tokenizer.decode(prompt) if cfg.start else ""
-    settings = dict(run=content["train_config"]["out_dir"], prompt=start, seed=cfg.seed,
+    settings = dict(run=str(run_of(path)), prompt=start, seed=cfg.seed,
                     tokens=cfg.max_new_tokens, temperature=cfg.temperature, factors=chosen)
     return Playground(models, index, tokenizer, val, cfg.top_k, settings)
 
@@ -269,7 +287,8 @@ def write(cfg, models, prompt, idx, variants, tokenizer, index):
     titles = []
     for title, sample in product(variants, range(1, cfg.num_samples + 1)):
         parts = [title, f"sample {sample}" if cfg.num_samples > 1 or not title else ""]
-        titles.append(f"\n── {', '.join(filter(None, parts))} ".ljust(width + 1, "─"))
+        title = f"── {', '.join(filter(None, parts))} "
+        titles.append(f"\n{title}{'─' * (width - width_of(title))}")
     if alone:
         print(f"{titles[0]}\n{tokenizer.decode(shown)}", end="", flush=True)
     found = continuations(cfg, models, idx, scale, tokenizer, alone)
@@ -288,7 +307,10 @@ def write(cfg, models, prompt, idx, variants, tokenizer, index):
                 print(f"\n{name}:\n{text}")
 
 def main(argv):
-    cfg, runs = parse(Config, argv, __doc__, most=1, files=False)
+    cfg, runs = parse(Config, argv, __doc__, files=False)
+    stray = [run for run in runs if cfg.steer_sweep and not Path(run).exists()]
+    assert not stray, f"no run {stray[0]}; a concept to sweep needs =, as in --steer={stray[0]}"
+    assert len(runs) < 2, f"unexpected argument {runs[1]!r}; keys are --key, and there is one run"
     if cfg.serve is not None:
         for name in ("num_samples", "steer_sweep", "inspect", "stop"):
             assert getattr(cfg, name) == getattr(Config, name), f"--{name} is not for --serve"
@@ -308,7 +330,8 @@ def main(argv):
     server = Server(cfg.serve) if cfg.serve is not None else None
     if steer or cfg.inspect or server:
         folder = Path(cfg.out_dir or path.parent)
-        index = index_of_run(folder, content, model, load_concept_model, device)
+        index = index_of_run(folder, content, model, load_concept_model, device,
+                             name=index_name(path))
     if steer == "auto":
         first = next(iter(models.values()))
         chosen = choose(first, tokenizer, idx, index, n=1 if cfg.steer_sweep else 3)
@@ -318,7 +341,7 @@ def main(argv):
         assert concept not in factors, f"steer={name!r}: concept {concept} already has a factor"
         factors[concept] = factor
     if server:
-        return server.run(playground(cfg, content, models, index, tokenizer, factors))
+        return server.run(playground(cfg, path, content, models, index, tokenizer, factors))
     if steer:
         variants = plan(factors, cfg.steer_sweep, steer != "auto", index, tokenizer)
     write(cfg, models, prompt, idx, variants, tokenizer, index)

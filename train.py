@@ -52,7 +52,7 @@ class Config:
         "interleave", "insert ĉ after each h, or h + ĉ after each h; add ĉ to h; insert nothing")
     target: Literal["concept", "l1", "l2", "cos"] = key(
         "concept", "what the mixer predicts; l1, l2, cos: the hidden state, with this distance")
-    kd_weight: float = key(0.1, "weight of KL(concept model ‖ model) in kd", low=0)
+    kd_weight: float = key(0.1, "weight of KL(concept model ‖ model), in methods with kd", low=0)
     labels: Literal["fly", "disk"] = key("fly", "computed at each step (fly), or beforehand (disk)")
     concept_model: str = key("gpt2", "names the concepts: a run, GPT-2 weights, or gpt2")
     sae: str = key("openai", "its SAE: a run of sae.py, a published .pt, openai or openai_128k")
@@ -160,9 +160,8 @@ def step_losses(model, cfg, x, y, targets=Targets()):  # noqa: B008 (an immutabl
     return Losses(total, next_token, concept, out.kl)
 
 def accumulate(run, concept_model, x, y, stored):
-    """Forward and backward over the batch x, y (B, T), micro batch by micro batch (run.micro rows
-    of it, which divides B) → its mean losses by name. concept_model: None if not asked; stored:
-    labels from disk, or None."""
+    """Forward and backward over the batch x, y (B, T), run.micro rows at a time (a divisor of B) →
+    its mean losses by name. concept_model: None if not asked; stored: labels from disk, or None."""
     means, share = {}, run.micro / len(x)
     for first in range(0, len(x), run.micro):
         rows = slice(first, first + run.micro)
@@ -211,10 +210,11 @@ def open_concept_model(cfg, run):
         concept_model, tokenizer = load_concept_model(
             cfg, run.device, inserts(cfg), is_taught(cfg), should_compile(cfg, run.device))
     check_tokenizer(cfg, run.meta, tokenizer, concept_model.gpt)
-    return concept_model, open_labels(concept_model, cfg) if cfg.labels == "disk" else None
+    stored = cfg.labels == "disk" and cfg.concept_weight > 0
+    return concept_model, open_labels(concept_model, cfg, run.content) if stored else None
 
 def asked(cfg, concept_model):
-    """The ConceptModel that training steps ask: all of it, its distribution only, or None."""
+    """What training steps run of the ConceptModel: all of it, its distribution only, or None."""
     if predicts(cfg) and cfg.concept_weight > 0 and cfg.labels == "fly":
         return concept_model
     return concept_model.distribution_only() if is_taught(cfg) else None
@@ -248,7 +248,7 @@ def main(argv):
     at_steps = asked(cfg, concept_model)
     run.attach(model, optimizer, concept_model, at_steps)
     val = run.validation_batches(concept_model if predicts(cfg) else None)
-    del concept_model  # freed here, where labels come from disk
+    del concept_model  # freed at the start, where labels come from disk
     with Stop() as stop, run.start():
         model.train()
         if run.step == 0:

@@ -9,7 +9,9 @@ books. The output of each is in gpu/STEP.txt next to this file. If stopped, run 
 again: finished steps are skipped and the books resume. The environment's BOOKS is their folder, and
 without a network TIKTOKEN_CACHE_DIR one with GPT-2's tokenizer.
 """
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support.runtime import UserError, run
+
+import torch
 
 from support.cli import key, parse
 from support.log import read_log
@@ -63,9 +67,11 @@ def steps(rehearse):
         commands["books"] = f"results/run.py {shlex.quote(str(books))}"
     return folder, measured, commands
 
-def finished(name, output, measured):
-    """Whether a step ended well before: its output ends with "done", and its row is still there."""
-    done = output.is_file() and output.read_text().endswith("\ndone\n")
+def finished(name, command, output, measured):
+    """Whether a step ended well before: its output begins with the command and ends with "done",
+    and its row is still there."""
+    text = output.read_text() if output.is_file() else ""
+    done = text.startswith(f"$ python {command}\n") and text.endswith("\ndone\n")
     if "_" not in name:
         return done
     return done and measured.is_file() and name in {line["row"] for line in read_log(measured)}
@@ -75,16 +81,18 @@ def call(command, output, seconds):
     with open(output, "w") as file:
         print(f"$ python {command}", file=file, flush=True)
         process = subprocess.Popen([sys.executable, *shlex.split(command)], cwd=ROOT, stdout=file,
-                                   stderr=subprocess.STDOUT)
+                                   stderr=subprocess.STDOUT, start_new_session=True)
         try:
             status = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # runs save their state
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as e:
+            os.killpg(process.pid, signal.SIGINT)  # what it started, too: runs save their state
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+            if isinstance(e, KeyboardInterrupt):
+                raise
             return None
         if status == 0:
             print("\ndone", file=file)
@@ -92,12 +100,14 @@ def call(command, output, seconds):
 
 def main(argv):
     cfg, _ = parse(Config, argv, __doc__, most=0, files=False)
+    if not cfg.rehearse and not torch.cuda.is_available():
+        raise UserError("no GPU here; --rehearse tries all steps in small on a CPU")
     end, failed = time.monotonic() + 60 * cfg.minutes, []
     folder, measured, commands = steps(cfg.rehearse)
     folder.mkdir(parents=True, exist_ok=True)
     for name, command in commands.items():
         output = folder / f"{name}.txt"
-        if finished(name, output, measured):
+        if finished(name, command, output, measured):
             print(f"{name}: finished before", flush=True)
             continue
         left = end - time.monotonic() - 25  # to let a stopped run save

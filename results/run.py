@@ -35,7 +35,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -88,6 +88,9 @@ def check_commands(e, check):
 def check_rows(e, check):
     check(len({file_name(row) for row in e["runs"]}) == len(e["runs"]),
           "rows must differ in more than case and punctuation")
+    names = {f"{file_name(row)}-{seed}" for row in e["runs"] for seed in e["seeds"]}
+    models = {name.replace("SEED", str(seed)) for name in e["before"] for seed in e["seeds"]}
+    check(not names & models, f"before: {', '.join(names & models)} is a run, too")
     check(all(len(rows) == 2 for rows in e["claims"].values()),
           "claims: two rows each, the one that should have the lower loss first")
     for row in itertools.chain(e["once"], e["short"], *e["panels"].values(), *e["claims"].values()):
@@ -175,8 +178,9 @@ def in_parallel(calls, at_once):
     """Make the calls, at_once at a time. The first error stops the ones that have not started."""
     pool = ThreadPoolExecutor(at_once)
     try:
-        for done in [pool.submit(call) for call in calls]:
-            done.result()
+        done, _ = wait([pool.submit(call) for call in calls], return_when=FIRST_EXCEPTION)
+        for call in done:
+            call.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -227,6 +231,8 @@ def run_jobs(e, folder, jobs):
     threads = max(1, os.cpu_count() // at_once)
     machine = (f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}; "
                f"{at_once} run{'s' * (at_once > 1)} at once")
+    for name in e["after"]:  # an older output is not left behind
+        (folder / name).unlink(missing_ok=True)
     train_before(e, folder, jobs, threads)
     with progress(len(jobs), folder.name, "run") as bar:
         def run_one(job):
@@ -284,18 +290,19 @@ def claims_table(found, claims):
                         f"| {verdict(differences)} |")
     return "\n".join(rows)
 
-def note_mixed_models(jobs, logs):
-    """Say so where seeds should share one concept model but did not."""
-    if len({job.before for job in jobs}) > 1:
-        return
-    hashes = {}
-    for job in jobs:
-        if job in logs:
-            hashes.setdefault(job.row, set()).add(logs[job][0].get("concept_model_hash"))
-    for row, different in hashes.items():
-        if len(different) > 1:
-            print(f"note: the seeds of {row!r} had different concept models; remove its older logs "
-                  "to train them again")
+def note_mixed_models(logs):
+    """Say so where runs name the same concept model or dataset but learned from different ones."""
+    for option, name in (("concept_model", "concept_model_hash"), ("dataset", "data_hash")):
+        found = {}  # path: {hash: names of runs}
+        for job, log in logs.items():
+            path = re.search(rf"--{option}=(\S+)", job.command)
+            if path and log[0].get(name):
+                found.setdefault(path[1], {}).setdefault(log[0][name], []).append(job.name)
+        for path, runs in found.items():
+            if len(runs) > 1:
+                groups = "; ".join(", ".join(names) for names in runs.values())
+                print(f"note: {path} was not the same in all runs ({groups}); remove the older "
+                      "logs to train them again")
 
 def write_table(path, text):
     path.write_text(text + "\n")
@@ -308,7 +315,7 @@ def draw(folder, e, jobs):
             if (log := job.log(folder))}
     if not logs:
         raise UserError(f"{folder}: none of its runs is finished yet; start it without --draw")
-    note_mixed_models(jobs, logs)
+    note_mixed_models(logs)
     found = curves.read_curves({f"{job.row}-{job.seed}": log for job, log in logs.items()})
     write_table(folder / "table.md", curves.learning_curves(found))
     if e["claims"]:

@@ -37,22 +37,24 @@ def attention_flops(c, start, block_size):
     pairs = sum(math.prod(positions_per_token(c, i)) for i in range(start, c.n_layer))
     return 4 * c.n_embd * pairs * block_size // 2
 
-def flops_per_token(model, backward=True, block_size=None):
+def flops_per_token(model, backward=True, block_size=None, concept_loss=True):
     """FLOPs per token of a GPT, with its heads and the kept rows of compress. Interleaved positions
     count as two per token, except for the last block's queries and MLP. backward: add twice the
-    forward. block_size: context length (default: the model's)."""
+    forward; without a concept loss, the head of a mixer has a gradient for the kept concepts only.
+    block_size: context length (default: the model's)."""
     c, d = model.config, model.config.n_embd
     block_size = block_size or c.block_size
     flops = 2 * d * c.vocab_size + attention_flops(c, 0, block_size)
     for i in range(c.n_layer):
         queries, keys = positions_per_token(c, i)
         flops += 2 * d * d * (2 * keys + 10 * queries)  # k, v; q, projection, MLP
-    mixes = c.mix != "none"
+    mixes, no_gradient = c.mix != "none", 0
     if c.insert == "concept":
         flops += 2 * d * (c.n_concepts + mixes * c.concept_k)
+        no_gradient = 0 if concept_loss else 4 * d * (c.n_concepts - mixes * c.concept_k)
     if c.insert == "hidden":
         flops += 2 * d * (4 * (d + c.hidden_size) + mixes * c.hidden_size)
-    return flops * (3 if backward else 1)
+    return 3 * flops - no_gradient if backward else flops
 
 def label_flops_per_token(concept_model, block_size=None):
     """FLOPs per token of a ConceptModel (0 for None): the lower blocks; for concepts, the encoder;
@@ -62,13 +64,15 @@ def label_flops_per_token(concept_model, block_size=None):
     gpt, labels = concept_model.gpt, concept_model.target == "concept"
     d, block_size = gpt.config.n_embd, block_size or gpt.config.block_size
     lower = (concept_model.layer + 1) * (24 * d ** 2 + 2 * d * block_size)
-    upper = flops_per_token(gpt, backward=False, block_size=block_size) - lower
+    forward = flops_per_token(gpt, backward=False, block_size=block_size)
+    upper = forward - lower
     encoder = 2 * concept_model.sae.encoder.numel() if labels else 0
     if labels and concept_model.select == "attribution":
         # the gradient for activations: one product per product, but two per product of attention
         attention = attention_flops(gpt.config, concept_model.layer + 1, block_size)
         decoder = encoder if concept_model.attribution == "paper" else 0  # else the active ones
-        return lower + encoder + decoder + 2 * upper + attention
+        sparse = 3 * forward - flops_per_token(gpt, block_size=block_size, concept_loss=False)
+        return lower + encoder + decoder + 2 * upper + attention - sparse // 2
     return lower + encoder + (upper if concept_model.teaches else 0)
 
 def activation_bytes(model, tokens, start=0, bf16=True, taught=False):

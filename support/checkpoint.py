@@ -45,6 +45,14 @@ def find_checkpoint(run=None, out_dir=None):
                         "out/stdlib/cocomix")
     raise UserError(f"no checkpoint at {path}; train it first: python train.py config/…")
 
+def run_of(path):
+    """A run as a person names it: the folder of its ckpt.pt, or another checkpoint's file."""
+    return path.parent if path.name == "ckpt.pt" else path
+
+def index_name(path):
+    """The name of a checkpoint's concept index and report, without a suffix."""
+    return "concepts" if path.name == "ckpt.pt" else f"concepts-{path.stem}"
+
 def files_of_run(folder, *patterns):
     """A run's files in its folder that match one of the patterns, such as step_*.pt; step_best.pt,
     say, is not one that a run writes."""
@@ -66,7 +74,8 @@ def read_tensors(path, what):
         raise
     except Exception as e:  # torch and pickle raise many kinds
         raise UserError(f"{path} can't be read as {what} ({type(e).__name__}): cut short, damaged, "
-                        "or of another kind") from e
+                        "or of another kind; copy it again, or write it again with --overwrite"
+                        ) from e
 
 def read_safetensors(path, what):
     """Load a .safetensors file: its header's length, its header in JSON, the tensors' bytes."""
@@ -128,11 +137,14 @@ def models_used(concept_model):
             uses["sae"] = f"{model_hash(concept_model.sae)} k={concept_model.sae.k}"
     return uses
 
+def changed_models(content, concept_model):
+    """The parts of a ConceptModel that are not those that a checkpoint's run learned from."""
+    return [name for name, found in models_used(concept_model).items()
+            if found != content["uses"].get(name, found)]
+
 def check_models(content, concept_model):
     """UserError if a part of a ConceptModel is not the one that a checkpoint's run learned from."""
-    changed = [name for name, found in models_used(concept_model).items()
-               if found != content["uses"].get(name, found)]
-    if changed:
+    if changed := changed_models(content, concept_model):
         now = " and ".join(f"{name}={content['train_config'][name]!r}" for name in changed)
         places = " ".join(f"--{name}=PATH" for name in changed)
         raise UserError(f"{now}: not what this run learned from, but replaced or trained again; "
@@ -140,6 +152,10 @@ def check_models(content, concept_model):
                         "--overwrite")
 
 def model_hash(model):
-    """A short hash of a model's weights."""
-    return fingerprint(*(p.detach().float().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-                         for p in model.parameters()))
+    """A short hash of a model's weights, and of its number of heads, which no weight shows, unless
+    they have GPT-2's width of 64."""
+    weights = (p.detach().float().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+               for p in model.parameters())
+    c = getattr(model, "config", None)
+    heads = [b"%d heads" % c.n_head] if c and c.n_head != c.n_embd // 64 else []
+    return fingerprint(*weights, *heads)

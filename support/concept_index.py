@@ -5,6 +5,7 @@ follow (the typical ones are its name), and where it is strongest. Saved next to
 """
 import math
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,21 +15,24 @@ import numpy as np
 import torch
 
 from support.checkpoint import model_hash, read_tensors
+from support.engine import decoder
 from support.files import atomic_write
+from support.kernels import TopK
 from support.tokens import Batches, tokens_of_run
 
 TOKENS, NEIGHBOURS = 16, 8  # kept per concept
 NAME = 8                    # how many of the typical next tokens name it
 CONTEXTS, BEFORE, AFTER = 6, 16, 8  # contexts per concept; tokens before and after the marked one
 NOWHERE = 1 << 60           # a position beyond every file
-EDGES = 2.0 ** (torch.arange(33) / 4 - 3)  # of the activation bins; the first and last are open
+# of the activation bins, from 1/8 to 32, four per doubling; the first and last bin are open
+EDGES = 2.0 ** (torch.arange(33) / 4 - 3)
 
 class ConceptIndex(NamedTuple):
     """The C concepts of a run. Token lists are sorted, best first, and padded with -1."""
     checkpoint: str                # hash of the run's weights
     requested: int                 # training tokens asked for
     tokens: int                    # training tokens read: whole blocks from all over the split
-    labelled: torch.Tensor         # (C,) at how many of them the concept is a label
+    labelled: torch.Tensor         # (C,) at how many of these the concept is a label
     predicted: torch.Tensor        # (C,) at how many the run predicts it (keeps it in its TopK)
     activations: torch.Tensor      # (C, bins) how many activations lie between two EDGES
     next_tokens: torch.Tensor      # (C, TOKENS) typical tokens after its labels, see `typical`
@@ -53,8 +57,16 @@ class ConceptIndex(NamedTuple):
 
     def name(self, concept, tokenizer, n=5):
         """The typical next tokens as text, such as `'self' 'path' 'get'`."""
-        names = [repr(tokenizer.decode([t])) for t in self.next_ids(concept, n)]
+        names = [quoted(token_text(tokenizer, t)) for t in self.next_ids(concept, n)]
         return " ".join(names) or "(never a label)"
+
+def token_text(tokenizer, token):
+    """A token as text; bytes that are only a part of a character as \\xNN."""
+    return tokenizer.decode_single_token_bytes(token).decode("utf-8", "backslashreplace")
+
+def quoted(text):
+    """repr, but with the \\xNN of `token_text` as they are."""
+    return repr(text).replace("\\\\x", "\\x")
 
 class PairCounts:
     """Counts of (concept, token) pairs; each merge keeps only the `limit` most frequent ones."""
@@ -103,12 +115,13 @@ def typical(pairs, everywhere, labelled, prior=20):
 
 def strongest(found, top, where):
     """(values, places), (C, n) each: every concept's n largest values, at most one per block, in
-    `found` so far and in a TopK (rows, T, k) of tokens at the places `where` (rows, T)."""
+    `found` so far and in a TopK (rows, T, k) of tokens at the places `where` (rows, T). -inf: no
+    value."""
     rows, (C, n) = len(where), found[0].shape
     value, concept = top.values.float().flatten(1), top.indices.flatten(1)
     best = value.new_full((rows, C), -torch.inf).scatter_reduce_(1, concept, value, "amax")
     where = where.repeat_interleave(top.values.shape[-1], dim=1)
-    where = where.masked_fill(value != best.gather(1, concept), NOWHERE)
+    where = where.masked_fill((value != best.gather(1, concept)) | value.isneginf(), NOWHERE)
     first = where.new_full((rows, C), NOWHERE).scatter_reduce_(1, concept, where, "amin")
     values, order = torch.cat((found[0], best.T), 1).sort(dim=1, descending=True, stable=True)
     return values[:, :n], torch.cat((found[1], first.T), 1).gather(1, order[:, :n])
@@ -174,7 +187,8 @@ def build_index(content, model, concept_model, tokens, device):
             current.add((labels * V + x[..., None])[once].cpu().numpy())
             following.add((labels * V + y[..., None])[once].cpu().numpy())
             where = torch.from_numpy(batches.starts(step)[:, None] + np.arange(T)).to(device)
-            most_active = strongest(most_active, active, where)
+            fired = active.values.masked_fill(active.values <= 0, -torch.inf)
+            most_active = strongest(most_active, TopK(fired, active.indices), where)
             most_predicted = strongest(most_predicted, kept, where)
             bar.update(y.numel())
     effects, norm = torch.zeros(2, C, 0).int(), torch.zeros(C)
@@ -200,11 +214,12 @@ def read_index(path):
         raise UserError(f"{path} is not a concept index of this version")
     return found
 
-def index_of_run(folder, content, model, concept_model, device, tokens=None, overwrite=False):
-    """The ConceptIndex of a run, from concepts.pt in a folder; built and saved if that has other
+def index_of_run(folder, content, model, concept_model, device, tokens=None, overwrite=False,
+                 name="concepts"):
+    """The ConceptIndex of a run, from NAME.pt in a folder; built and saved if that has other
     weights or not `tokens` training tokens (None: any number). concept_model: the run's
-    ConceptModel, or a function that loads it. overwrite: a concepts.pt that is no index, too."""
-    stored, tokens_read, keep = Path(folder) / "concepts.pt", tokens or 1_000_000, True
+    ConceptModel, or a function that loads it. overwrite: a file that is no index, too."""
+    stored, tokens_read, keep = Path(folder) / f"{name}.pt", tokens or 1_000_000, True
     try:
         with suppress(TypeError):  # an older version's
             found = ConceptIndex(**read_index(stored))
@@ -230,26 +245,30 @@ def index_of_run(folder, content, model, concept_model, device, tokens=None, ove
 
 def texts(tokens, n=5):
     """The first n tokens of a list of `describe`."""
-    return " ".join(repr(token) for token, *_ in tokens[:n])
+    return " ".join(quoted(token) for token, *_ in tokens[:n])
 
 def describe(index, concept, tokenizer):
     """What the index knows about a concept, as plain values, with tokens as text."""
     row = {name: t[concept].tolist() for name, t in index._asdict().items() if torch.is_tensor(t)}
-    def text(ids):
-        return tokenizer.decode([t for t in ids if t >= 0])
+    text = partial(token_text, tokenizer)
     def typical_tokens(kind):
         lists = (row[f"{kind}_{what}"] for what in ("tokens", "share", "lift"))
-        return [[text([t]), round(share, 4), round(lift, 2)]
+        return [[text(t), round(share, 4), round(lift, 2)]
                 for t, share, lift in zip(*lists, strict=True) if t >= 0]
+    def around(ids):  # each character belongs to the token that completes it
+        characters = decoder(tokenizer)
+        pieces = [characters(t) if t >= 0 else "" for t in ids]
+        before, after = "".join(pieces[:BEFORE]), "".join(pieces[BEFORE + 1:])
+        return [before.lstrip("\ufffd"), pieces[BEFORE] or text(ids[BEFORE]), after]
     def contexts(ids, values):
-        return [[text(t[:BEFORE]), text(t[BEFORE:BEFORE + 1]), text(t[BEFORE + 1:]), round(v, 2)]
+        return [[*around(t), round(v, 2)]
                 for t, v in zip(row[ids], row[values], strict=True) if v > -torch.inf]
     nearest = zip(row["neighbours"], row["cosine"], strict=True)
     return dict(
         id=concept, labelled=row["labelled"], predicted=row["predicted"],
         norm=round(row["norm"], 4), next=typical_tokens("next"), current=typical_tokens("current"),
-        promotes=[text([t]) for t in row["promotes"]],
-        suppresses=[text([t]) for t in row["suppresses"]],
+        promotes=[text(t) for t in row["promotes"]],
+        suppresses=[text(t) for t in row["suppresses"]],
         neighbours=[[i, round(cosine, 3)] for i, cosine in nearest],
         activations=row["activations"], contexts=contexts("contexts", "contexts_activation"),
         predictions=contexts("predictions", "predictions_logit"))

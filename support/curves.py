@@ -217,8 +217,12 @@ def new_figure(rows, columns, width, height, **options):
     except ImportError as e:
         raise UserError("drawing needs matplotlib: pip install -r requirements.txt") from e
     matplotlib.rcParams["svg.hashsalt"] = "cocomix"  # no random ids in an .svg
+    matplotlib.rcParams["text.parse_math"] = False  # names may hold a $
     figure = matplotlib.figure.Figure((width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, **options)
+
+def legend(name):
+    return f" {name}" if name.startswith("_") else name  # matplotlib leaves out _names
 
 def picture_files(path):
     return [Path(path)] if Path(path).suffix else [Path(f"{path}.png"), Path(f"{path}.svg")]
@@ -279,7 +283,7 @@ def draw_curve(axes, name, curve):
                          for pick in (min, max, statistics.fmean))
     flops = [tokens * curve.flops_per_token for tokens in curve.tokens]
     for axis, at in zip(axes, (curve.tokens, flops, curve.seconds), strict=True):
-        line, = axis.plot(at, mean, marker="o", markersize=3, label=name)
+        line, = axis.plot(at, mean, marker="o", markersize=3, label=legend(name))
         if len(curve.losses) > 1:
             axis.fill_between(at, best, worst, color=line.get_color(), alpha=0.2, linewidth=0)
     late = sum(tokens < curve.tokens[-1] / 5 for tokens in curve.tokens)
@@ -306,7 +310,7 @@ def plot_tasks(path, evaluations, titles, rows):
         for name, lines in evaluations.items():
             found = [line for line in merge_evaluations(lines) if measure in line]
             axis.plot([line["tokens"] for line in found], [line[measure] for line in found],
-                      marker="o", markersize=3, label=name)
+                      marker="o", markersize=3, label=legend(name))
         axis.set_title(title, fontsize=10)
         count_axis(axis)
         if "acc" in measure:

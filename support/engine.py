@@ -54,8 +54,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, scale=None, 
 
     temperature 0: greedy. top_k: sample from the k most likely tokens. scale: steering, a factor
     for each concept logit, (C,); or (S, 1, C) for a sweep: all B prompts under one scale after the
-    other, with the same random numbers → (S·B, 1); lower blocks read the prompts once. stop: after
-    this token a row repeats it; the end once all rows do. prompt: read(model, idx), if known.
+    other, with the same random numbers → (S·B, 1); lower blocks read the prompts once. stop: a row
+    that has drawn this token repeats it; the end once all have. prompt: read(model, idx), if known.
     Text beyond block_size is continued from its last block_size // 2 tokens, cache or not."""
     c, B, S = model.config, len(idx), 1
     if scale is not None and scale.dim() == 3:
@@ -78,7 +78,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, scale=None, 
                 layer.repeat(S)
         h = model.forward_blocks(model.mix(h, scale=scale).h, c.insert_at, c.n_layer, cache=cache)
         logits = model.head(h[:, -1]).float()
-        if temperature == 0:
+        if temperature < 1e-30:  # 0 in float32
             token = logits.argmax(-1, keepdim=True)
         else:
             uniform = torch.rand(B, 1, generator=generator, device=idx.device).repeat(S, 1)

@@ -56,13 +56,14 @@ def parquet_files(source, cfg):
             for path in paths:
                 with fs.open(path, block_size=1 << 16) as file:
                     footer = pyarrow.parquet.read_metadata(file)
-                names, rows = footer.schema.names, footer.num_rows
+                names, rows = footer.schema.to_arrow_schema().names, footer.num_rows
                 if field not in names:
                     raise UserError(f"{path} has no column {field!r}, only {', '.join(names)}; "
                                     "name one of them with --field")
-                column, groups = names.index(field), range(footer.num_row_groups)
+                columns = [i for i in range(footer.num_columns)
+                           if footer.schema.column(i).path.split(".")[0] == field]
                 size = sum(footer.row_group(i).column(column).total_uncompressed_size
-                           for i in groups)
+                           for i in range(footer.num_row_groups) for column in columns)
                 take = min(rows, num_docs - first)
                 size = size * take // max(1, rows)
                 files.append(File(fs.unstrip_protocol(path), first, take, size))
@@ -167,6 +168,8 @@ def prepare(argv, doc, script, name, documents):
             return
         tokenizer, files = load_tokenizer(cfg.tokenizer), parquet_files(source, cfg)
         n = sum(file.rows for file in files)
+        if n < (cfg.num_docs or 0):
+            raise UserError(f"{source} has only {n:,} documents; use them with --num_docs={n}")
         if n <= 20:
             raise UserError(f"{source} has only {n} documents: 20 are held out; use more")
         if cfg.num_docs is None and n != documents:

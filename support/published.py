@@ -49,6 +49,9 @@ def read_model(name):
                             "python train.py config/…, or name a folder of GPT-2 weights, or one "
                             f"of {', '.join(HUB)} to download")
         return checkpoint.load_checkpoint(name, ("model_config", "model", "tokenizer_hash"))
+    if path.is_dir() and (path / "ckpt.pt").is_file():
+        raise UserError(f"{path} holds a run and other weights: name {path / 'ckpt.pt'} or "
+                        f"{weights}")
     settings, state = read_gpt2(weights)
     if path.exists() and not weights.with_name("config.json").is_file():
         print(f"{weights}: no config.json next to it; assuming GPT-2's, heads of 64 features")
@@ -69,8 +72,11 @@ def start_from(name, model, tokenizer, concept_model):
         if new.insert != old.config.insert:
             raise UserError(f"init_from={name!r} has a {old.config.insert} mixer, unlike this run; "
                             "give it the same --method and --target, or start from a plain GPT")
-        keys += ["mix", "insert_layer", "concept_k"]
-        checkpoint.check_models(content, concept_model)
+        keys += ["mix", "insert_layer"] + ["concept_k"] * (new.insert == "concept")
+        if new.insert != "pause" and (changed := checkpoint.changed_models(content, concept_model)):
+            was = " ".join(f"--{name}={content['train_config'][name]}" for name in changed)
+            raise UserError(f"init_from={name!r} learned from another {' and '.join(changed)}, "
+                            f"then at {was}: give this run the same, or start from a plain GPT")
     values = {key: getattr(old.config, key) for key in keys}
     if changes := [f"--{k}={v}" for k, v in values.items() if v != getattr(new, k)]:
         raise UserError(f"init_from={name!r} has another shape than this run: give it "
@@ -204,6 +210,8 @@ def load_sae(name, layer, d, gpt):
         raise UserError(f"{path} was trained on another concept model ({info['concept_model']} as "
                         "it was then); say where that one is now: --concept_model=PATH, or, for a "
                         "new run, train the SAE again: python sae.py --overwrite with its keys")
+    if not info and name not in SIZES:
+        print(f"{path}: no sae.json next to it; not compared with the concept model and layer")
     state, k = read_sae(checkpoint.read_tensors(path, "an SAE"), path)
     if (width := state["encoder"].shape[1]) != d:
         raise UserError(f"{path} has width {width}, but the hidden states have {d}; train another")

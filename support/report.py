@@ -8,7 +8,7 @@ from support.runtime import UserError
 import numpy as np
 import torch
 
-from support.checkpoint import PLACES, kind_of_run
+from support.checkpoint import PLACES, index_name, kind_of_run, run_of
 from support.concept_index import CONTEXTS, EDGES, NAME, describe, find, index_of_run, texts, used
 from support.curves import new_figure, picture_path, save_figure
 from support.engine import decoder
@@ -22,6 +22,7 @@ def check_arguments(cfg, rest, argv, label_keys):
     """Refuse arguments of concepts.py that contradict each other."""
     picture_path(cfg.plot, cfg.overwrite)
     assert cfg.weights or not cfg.plot, "--plot draws what --weights prints: give both"
+    assert not (cfg.weights and cfg.find), "--weights and --find exclude each other"
     assert not (cfg.write_labels and rest), (
         f"--write_labels takes a config file of train.py, not {rest[0]!r}")
     given = [arg for arg in argv if arg.endswith(".py") and not arg.startswith("-")]
@@ -38,26 +39,25 @@ def check_run(content, weights):
     assert model["mix"] != "none" or not weights, (
         "mix='none' has no compress matrix; name a cocomix run with another mix")
 
-def check_report(folder, overwrite):
-    """The path of the HTML report in a folder. UserError: another file is there."""
-    path = Path(folder) / "concepts.html"
+def check_report(path, overwrite):
+    """UserError if there is a file at the path of the HTML report that is not one."""
     written_here = not path.exists() or path.is_file() and DATA in path.read_bytes()
     if not written_here and not overwrite:
         raise UserError(f"{path} is not a report of this script; --overwrite replaces it, "
                         "--out_dir=FOLDER writes elsewhere")
-    return path
 
-def show_index(run, content, model, tokenizer, cfg, load_concept_model, device):
+def show_index(path, content, model, tokenizer, cfg, load_concept_model, device):
     """Print the cfg.top concepts that match the words cfg.find best; without words the most used
     ones, and write the HTML report into cfg.out_dir or the run's folder, with cfg.pages
-    concepts."""
-    folder = Path(cfg.out_dir or run)
-    report = check_report(folder, cfg.overwrite or cfg.find is not None)
+    concepts. path: of the checkpoint."""
+    folder = Path(cfg.out_dir or path.parent)
+    report = folder / f"{index_name(path)}.html"
+    check_report(report, cfg.overwrite or cfg.find)
     index = index_of_run(folder, content, model, load_concept_model, device, cfg.tokens,
-                         cfg.overwrite)
+                         cfg.overwrite, index_name(path))
     entries = [describe(index, concept, tokenizer) for concept in used(index)]
-    if cfg.find is not None:
-        matches = find(entries, cfg.find)[:min(cfg.top, 10)]
+    if cfg.find:
+        matches = find(entries, cfg.find)[:cfg.top if "top" in cfg.given else 10]
         assert matches, f"find={cfg.find!r}: no concept matches; try a part of one word"
         return print_table(index, matches)
     print_table(index, entries[:cfg.top])
@@ -66,7 +66,7 @@ def show_index(run, content, model, tokenizer, cfg, load_concept_model, device):
         some_passages = passages(content, model, load_concept_model(), tokenizer)
     except (UserError, AssertionError, OSError) as e:
         print(f"left out: passages in the report: {e}")
-    write_report(report, run, index, entries[:cfg.pages], some_passages, model.config.mix)
+    write_report(report, run_of(path), index, entries[:cfg.pages], some_passages, model.config.mix)
     print(f"\nreport: {report}")
 
 def print_table(index, entries):

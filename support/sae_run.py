@@ -1,7 +1,7 @@
 """What surrounds the SAE's training loop: data, log, checkpoints, the final report."""
 import json
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 
 from support.runtime import UserError
@@ -10,7 +10,7 @@ import torch
 
 from support import published, tokens
 from support.activations import HiddenStates, hidden_states
-from support.checkpoint import load_optimizer, model_hash, save_checkpoint
+from support.checkpoint import load_optimizer, model_hash, read_tensors, save_checkpoint
 from support.files import atomic_write
 from support.kernels import linear_cross_entropy, normalize
 from support.log import Log
@@ -50,12 +50,20 @@ class SAERun(Run):
         if self.content is not None:
             sae.load_state_dict(self.content["sae"])
             load_optimizer(optimizer, self.content, self.checkpoint)
-        self.finished = self.step >= self.steps and path.is_file()
+        info = self._report_of(path) if self.step >= self.steps else None
+        self.finished = info is not None  # else `end` writes both files again
         if self.finished:
-            print(f"{self.out}: already trained ({self.step} steps); "
-                  f"{summary(published.read_info(path))}")
+            print(f"{self.out}: already trained ({self.step} steps); {summary(info)}")
         else:
             self.log = Log(self.out / "log.jsonl", self.step)
+
+    @staticmethod
+    def _report_of(path):
+        """The content of sae.json, if that and the SAE at `path` can be read."""
+        with suppress(UserError, OSError):
+            info = published.read_info(path)
+            read_tensors(path, "an SAE")
+            return info if "fvu" in info else None
 
     @contextmanager
     def start(self):

@@ -9,6 +9,7 @@ request names a file. One worker generates, one request after the other.
 """
 import json
 import queue
+import secrets
 import select
 import socket
 import socketserver
@@ -25,7 +26,7 @@ from support.runtime import UserError
 
 import torch
 
-from support.concept_index import describe, find, used
+from support.concept_index import describe, find, token_text, used
 from support.curves import perplexity
 from support.engine import concepts_at, decoder, read, stream
 from support.steering import LOSS_TOKENS, scales
@@ -55,7 +56,8 @@ class Playground:
         self.block_size = min(gpt.config.block_size for gpt in models.values())
         self.device = first.wte.weight.device
         self.info = settings | dict(models=list(models), concepts=len(index.labelled),
-                                    factor=FACTOR, sliders=SLIDERS, most_tokens=TOKENS)
+                                    factor=FACTOR, sliders=SLIDERS, most_tokens=TOKENS,
+                                    session=secrets.token_hex(8))
         if val is not None:
             blocks = Batches(val, self.block_size, 1, first.config.vocab_size, shift=False,
                              split="val")
@@ -68,7 +70,7 @@ class Playground:
         return [describe(self.index, concept, self.tokenizer) for concept in used(self.index)]
 
     def name(self, concept):
-        return [self.tokenizer.decode([t]) for t in self.index.next_ids(concept, 4)]
+        return [token_text(self.tokenizer, t) for t in self.index.next_ids(concept, 4)]
 
     def describe(self, text):
         return describe(self.index, self.concept_id(text), self.tokenizer)
@@ -90,6 +92,8 @@ class Playground:
         """A decoded body of /generate → the arguments of `events`. UserError: what is wrong."""
         if not isinstance(body, dict) or not isinstance(body.get("factors"), dict):
             raise UserError("expected an object of prompt, factors, tokens, temperature, seed")
+        if body.get("session", self.info["session"]) != self.info["session"]:
+            raise UserError("sample.py was started again since: reload this page")
         text, factors = body.get("prompt"), body["factors"]
         if not isinstance(text, str) or len(text) > CHARACTERS or len(factors) > SLIDERS:
             raise UserError(f"at most {CHARACTERS:,} characters of text and {SLIDERS} concepts")
@@ -170,8 +174,8 @@ class Server(socketserver.ThreadingTCPServer):
     def run(self, playground):
         self.playground = playground
         threading.Thread(target=self.work).start()
-        print(f"open http://{self.hosts[0]} in a browser; Ctrl-C ends", flush=True)
         try:
+            print(f"open http://{self.hosts[0]} in a browser; Ctrl-C ends", flush=True)
             self.serve_forever()
         except KeyboardInterrupt:
             print("\nstopped")

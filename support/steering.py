@@ -62,7 +62,8 @@ def steering_summary(rows):
     """Rows of `steering` → one per model and factor, averaged over the concepts.
 
     rate: share of typical next tokens. gain: geometric mean of (n + 1) / (n at factor 1, + 1);
-    gain_error: its first-order standard error. raised: share of concepts with more of them.
+    gain_error: its first-order standard error, None for one concept. raised: share of concepts with
+    more of them.
     """
     groups, summary = {}, []
     for row in rows:
@@ -72,11 +73,11 @@ def steering_summary(rows):
                           for group in (some, groups[name, 1.0]))
         logs = steered - plain
         gain = logs.mean().exp().item()
-        error = logs.std(correction=min(1, len(logs) - 1)).item() / math.sqrt(len(logs))
+        error = gain * logs.std().item() / math.sqrt(len(logs)) if len(logs) > 1 else None
         rate = sum(row["next_tokens"] / row["tokens"] for row in some) / len(some)
         loss = sum(row["loss"] for row in some) / len(some)
         summary.append(dict(model=name, factor=factor, rate=rate, gain=gain,
-                            gain_error=gain * error, perplexity=perplexity(loss),
+                            gain_error=error, perplexity=perplexity(loss),
                             raised=(logs > 0).double().mean().item()))
     return summary
 
@@ -92,7 +93,7 @@ def plot_steering(path, summary):
     style = dict(marker="o", markersize=4)
     for name in dict.fromkeys(row["model"] for row in summary):
         factors, gains, errors, perplexities = torch.tensor([
-            [row[key] for key in ("factor", "gain", "gain_error", "perplexity")]
+            [row[key] or 0.0 for key in ("factor", "gain", "gain_error", "perplexity")]
             for row in summary if row["model"] == name], dtype=torch.float64).T
         costs = 100 * (perplexities / perplexities[factors == 1] - 1)
         axes[0].errorbar(factors, gains, errors, capsize=2, label=name, **style)

@@ -45,10 +45,13 @@ def load_tokenizer(name, folder=None):
             raise UserError(f"can't fetch GPT-2's tokenizer ({type(e).__name__}); {TRAIN_ONE}, or "
                             "set TIKTOKEN_CACHE_DIR to a folder that tiktoken has filled") from e
     path = ROOT / "stdlib" / "bpe.tiktoken" if name == "stdlib" else Path(name)
-    places = [path, ROOT.parent / path] + ([Path(folder) / path.name] if folder else [])
+    places = ([Path(folder) / path.name] if folder else []) + [path, ROOT.parent / path]
     found = next(filter(Path.is_file, places), None)
     if found is None:
-        raise UserError(f"no tokenizer {name!r}: use gpt2, stdlib, a .tiktoken file or {TRAIN_ONE}")
+        remedy = f"use gpt2, stdlib, a .tiktoken file or {TRAIN_ONE}"
+        if folder:
+            remedy = f"copy it to {folder}, or prepare the dataset again"
+        raise UserError(f"no tokenizer {name!r}: {remedy}")
     return read_tokenizer(found, found.read_bytes())
 
 def read_tokenizer(name, content):
@@ -186,6 +189,11 @@ def tokens_hash(tokens, parts=64, size=1 << 18):
     starts = [*range(0, len(tokens), step), max(0, len(tokens) - size)]
     return fingerprint(str(len(tokens)).encode(), *(tokens[s:s + size].tobytes() for s in starts))
 
+def is_unchanged(content, split):
+    """Whether a split of a run's dataset holds the tokens that the run was trained with."""
+    before = content.get("uses", {}).get(f"{split}.bin")
+    return before in (None, tokens_hash(load_tokens(content["train_config"]["dataset"], split)))
+
 def tokens_of_run(content, split, other=False):
     """The tokens of a split of the dataset that a checkpoint's run was trained on. UserError: it is
     missing or has changed. other: another text in the same tokens is accepted, and reported."""
@@ -194,8 +202,8 @@ def tokens_of_run(content, split, other=False):
         raise UserError(f"the tokenizer of dataset {dataset!r} is not the one that this run was "
                         f"trained with; prepare the dataset with tokenizer "
                         f"{content['tokenizer']!r}, or name another one: --dataset=FOLDER")
-    tokens, before = load_tokens(dataset, split), content.get("uses", {}).get(f"{split}.bin")
-    if before is not None and before != tokens_hash(tokens):
+    tokens = load_tokens(dataset, split)
+    if not is_unchanged(content, split):
         if not other:
             raise UserError(f"{split}.bin of dataset {dataset!r} has changed since this run was "
                             "trained; prepare the same text again, or say where it is now: "

@@ -1,4 +1,5 @@
 """What surrounds a training loop: data, resuming, log, checks, timing, checkpoints."""
+import gc
 import math
 import platform
 import time
@@ -24,9 +25,9 @@ def keys_in(argv):
 def read_config(cls, argv, doc):
     """The Config of train.py from a command line. UserError: keys that contradict each other."""
     cfg, _ = parse(cls, argv, doc, most=0)
-    given = keys_in(argv)
-    if {"max_iters", "max_tokens"} <= given:
-        raise UserError("--max_iters and --max_tokens exclude each other: one sets the other")
+    given, both = keys_in(argv), {"max_iters", "max_tokens"}
+    if both <= cfg.given and len(both & given) != 1:
+        raise UserError("max_iters and max_tokens exclude each other: one sets the other")
     if cfg.max_tokens is not None and "max_iters" not in given:
         cfg = replace(cfg, max_iters=-(-cfg.max_tokens // (cfg.batch_size * cfg.block_size)))
     if cfg.min_lr is not None and cfg.min_lr > cfg.learning_rate:
@@ -37,6 +38,9 @@ def read_config(cls, argv, doc):
                             f"{cfg.method!r} with target={cfg.target!r}")
         if cfg.shift_blocks:
             raise UserError("labels='disk' needs --shift_blocks=false: labels are stored unshifted")
+    if (cfg.warmup_iters or 0) > cfg.max_iters:
+        print(f"note: warmup_iters={cfg.warmup_iters} of max_iters={cfg.max_iters} steps: the "
+              "learning rate does not reach its peak")
     if unused := [name for name in unused_keys(cfg) if name in given]:
         print(f"note: method={cfg.method!r} does not use {', '.join(unused)}")
     return cfg
@@ -128,7 +132,9 @@ class Run:
         """`with run.start()`: the bar is shown, the clock runs."""
         with progress(self.steps * self.tokens_per_step, self.title, "tok", initial=self.tokens,
                       unit_scale=True) as self.bar:
-            self.clock, self.content = time.perf_counter(), None  # free the checkpoint's memory
+            self.content = None
+            gc.collect()  # the checkpoint, and a compiled model that is no longer needed
+            self.clock = time.perf_counter()
             yield
 
     def _move_to(self, step):
@@ -171,7 +177,8 @@ class TrainingRun(Run):
     file, config = "ckpt.pt", "train_config"
     files = "eval.jsonl", "step_*.pt"  # what else belongs to a run
     needs = *checkpoint.RUN, "optimizer", "step", "seconds", "val_loss", "best_val_loss"
-    # keys that may change on resume; all others affect the losses
+    # keys that may change on resume; all others affect the losses (micro_batch_size with dropout,
+    # too: the masks differ)
     free = ("dataset", "concept_model", "sae", "out_dir", "eval_interval", "keep_checkpoints",
             "log_interval", "max_tokens", "micro_batch_size", "device", "compile", "resume",
             "checkpoint_blocks", "init_from", "overwrite", "wandb_log", "wandb_project",
@@ -179,6 +186,12 @@ class TrainingRun(Run):
 
     def __init__(self, cfg):
         self.ranks, self.title, self.device = Ranks(), cfg.method, pick_device(cfg.device)
+        place = Path(cfg.concept_model).resolve()
+        place = place.parent if place.is_file() else place
+        if (cfg.overwrite and place == Path(cfg.out_dir).resolve()
+                and "concept_model" not in unused_keys(cfg)):
+            raise UserError(f"--overwrite would replace the concept model in out_dir="
+                            f"{cfg.out_dir!r}; choose another --out_dir")
         super().__init__(cfg, cfg.max_iters, cfg.batch_size * cfg.block_size)
         losses = self.content or dict(val_loss=math.nan, best_val_loss=math.inf)
         self.val_loss, self.best_val_loss = losses["val_loss"], losses["best_val_loss"]
@@ -230,7 +243,7 @@ class TrainingRun(Run):
         also, self.wandb_id = None, (self.content or {}).get("wandb_id")
         if cfg.wandb_log and ranks.first:
             also, self.wandb_id = start_wandb(cfg, self.wandb_id)
-        self.log = Log(self.out / "log.jsonl", self.step, also)
+        self.log = Log(self.out / "log.jsonl", self.step, also, dict(max_iters=cfg.max_iters))
         if self.log.empty:
             self.log.write(head)
         where = f"{ranks.size} × " * (ranks.size > 1) + self.device.type
@@ -248,9 +261,10 @@ class TrainingRun(Run):
             step=self.step, method=cfg.method, seed=cfg.seed, max_iters=cfg.max_iters,
             params=accounting.num_params(model),
             active_params=accounting.num_params(model, active=True),
-            flops_per_token=accounting.flops_per_token(model),
+            flops_per_token=accounting.flops_per_token(
+                model, concept_loss=cfg.concept_weight > 0),
             labels=cfg.labels if model.config.insert in ("concept", "hidden") else None,
-            concept_model_hash=self.uses.get("concept_model"),
+            concept_model_hash=self.uses.get("concept_model"), data_hash=self.uses["train.bin"],
             device=device, threads=torch.get_num_threads(), processes=self.ranks.size,
             torch=torch.__version__, source_hash=self.meta.get("source_hash"))
 

@@ -72,6 +72,19 @@ class PyTorchsCount(TorchDispatchMode):
             self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
 
+@pytest.mark.parametrize("concept_loss", [True, False])
+def test_flops_of_a_backward(concept_loss):
+    model, T = tiny_gpt(torch.float32, insert="concept", mix="add", vocab_size=64), 16
+    model.requires_grad_(True).wpe.requires_grad_(False)
+    x, labels = torch.randint(64, (1, T)), torch.randint(40, (1, T, 4)) if concept_loss else None
+    with sdpa_kernel(SDPBackend.MATH), PyTorchsCount() as counter:
+        out = model(x, x, labels)
+        (out.loss + (out.concept_loss if concept_loss else 0)).backward()
+    halved = 3 * 6 * 2 * 24 * T // 2  # of three blocks' six products of attention: causal
+    kept = 3 * 2 * 24 * 5 + (-2 * 40 if concept_loss else 4 * 24 * 5)  # bias; no matrix products
+    counted = flops_per_token(model, concept_loss=concept_loss)
+    assert counted == counter.flops / T - halved + kept
+
 @pytest.mark.parametrize("attribution", ["code", "paper"])
 def test_label_flops_are_those_of_the_flop_counter(attribution):
     gpt, T = tiny_gpt(torch.float32, vocab_size=64, n_layer=4).requires_grad_(False), 16

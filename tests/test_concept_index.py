@@ -97,6 +97,8 @@ def test_contexts_are_the_strongest_with_one_per_block(cocomix, kind):
         best = {}  # by block
         for s in seen:
             value = s[kind].get(i, -math.inf)
+            if kind == "active" and value <= 0:
+                continue
             if value > best.get(s["block"], (-math.inf,))[0]:
                 best[s["block"]] = value, s["place"]
         expected = sorted(best.values(), reverse=True)[:concept_index.CONTEXTS]
@@ -118,6 +120,9 @@ def test_the_strongest_in_pieces_are_the_strongest_at_once():
         pieces = concept_index.strongest(pieces, top, where[i:i + 4])
     assert torch.equal(once[0], pieces[0]) and torch.equal(once[1], pieces[1])
     assert once[0].shape == (40, 3) and (once[0].diff(dim=1) <= 0).all()
+    none = TopK(torch.full_like(values, -math.inf), indices)
+    values, places = concept_index.strongest(nothing, none, where)
+    assert values.isneginf().all() and (places == concept_index.NOWHERE).all()
 
 def test_pairs_are_counted_exactly_up_to_the_limit():
     keys = np.random.default_rng(0).zipf(1.3, 20_000) % 5000

@@ -179,3 +179,9 @@ def test_the_column_norms_of_the_compress_matrix_are_shown_and_drawn(chain, tmp_
     assert len(out.splitlines()) == 21 and plot.is_file()
     status, _, err = run(concepts.main, chain["ntp"], "--weights")
     assert status == 1 and "no concepts" in err
+
+def test_a_run_has_the_labels_that_its_keys_say(chain):
+    content = load_checkpoint(chain["cocomix"])
+    content["train_config"] |= dict(attribution="paper", attribution_sign="lower")
+    cm = concepts.concept_model_of_run(content, CPU)
+    assert (cm.select, cm.attribution, cm.sign) == ("attribution", "paper", "lower")

@@ -120,3 +120,9 @@ def test_of_several_evaluations_the_most_complete_on_the_runs_own_text_counts():
     measured = {measure: float(i) for i, measure in enumerate(curves.MEASURES)}
     row, = curves.merge_evaluations([{"tokens": 8} | measured])
     assert row["average_accuracy"] == 5 and row["task_perplexity"] == 1.5
+
+def test_seconds_are_those_at_the_median_speed():
+    log = [dict(step=0, seed=1)] + [
+        dict(step=i, tokens=100 * i, tokens_per_s=s) for i, s in enumerate((10, 20, 90), 1)]
+    log.append(dict(step=3, tokens=300, val_loss=2.0, seconds=99.0))
+    assert curves.read_curves({"a": log})["a"].seconds == [15.0]

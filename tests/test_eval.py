@@ -2,6 +2,7 @@
 import gzip
 import json
 import math
+import os
 import shutil
 import typing
 
@@ -15,7 +16,7 @@ import concepts
 import eval as evaluation
 import train
 from model import load_model
-from support import curves
+from support import curves, reference
 from support.checkpoint import find_checkpoint, load_checkpoint
 from support.log import read_log
 from support.tasks import TASKS
@@ -272,3 +273,22 @@ def test_one_line_says_what_is_wrong(case, chain, tmp_path):
     assert status == 1 and len(lines) == 1 and "Traceback" not in err, err
     assert all(text in lines[0] for text in needed), lines[0]
     assert all((tmp_path / name).read_text() == "mine" for name in ("mine.png", "notes.md"))
+
+def test_the_concept_loss_of_eval_is_the_mean_over_tokens(chain, dataset):
+    content = load_checkpoint(chain["cocomix"])
+    model, cm = load_model(content), concepts.concept_model_of_run(content, CPU)
+    val, total = torch.tensor(load_tokens(dataset, "val")[:101].astype(int)), 0.0
+    for i in range(0, 100, 32):
+        x, y = val[None, i:min(i + 32, 100)], val[None, i + 1:min(i + 33, 101)]
+        total += reference.forward(model, x, cm.labels(x, y))[1].item() * y.numel()
+    row = evaluation.evaluate(content, model, CPU, tokens=100, batch_size=2)
+    assert row["val_tokens"] == 100
+    assert row["concept_loss"] == pytest.approx(total / 100, rel=1e-4)
+
+def test_without_a_name_the_newest_run_is_used(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, age in (("a", 300), ("b", 100), ("c", 200)):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "ckpt.pt").touch()
+        os.utime(tmp_path / "out" / name / "ckpt.pt", (10_000 - age, 10_000 - age))
+    assert find_checkpoint().parent.name == "b"

@@ -36,20 +36,21 @@ def test_a_claim_holds_where_it_does_for_every_seed():
 def test_an_experiment_draws_the_finished_runs(tmp_path):
     (tmp_path / "experiment.py").write_text("""
 out = "out"
-runs = {"NTP": "train.py", "Pause + KD": "train.py --method=pause", "KD": "train.py"}
+runs = {"NTP": "train.py", "Pause + KD": "train.py --method=pause --concept_model=out/gpt",
+        "KD": "train.py"}
 seeds = (1, 2)
 panels = {"none": ["KD"]}
 short = ("KD", "Pause + KD")
 claims = {"a claim": ("KD", "NTP")}
 """)
     head, *lines = log([5.0, 4.0], seed=2)
-    write_log(tmp_path / "pause_kd-2.jsonl", [head, *lines])
+    write_log(tmp_path / "pause_kd-2.jsonl", [head | dict(concept_model_hash="one"), *lines])
     write_log(tmp_path / "ntp-1.jsonl", [head, *lines[:-1]])  # unfinished
     other = head | dict(command="train.py --another")
     write_log(tmp_path / "kd-2.jsonl", [other, *lines])       # another command
     head, *lines = log([5.0, 4.5], seed=1)
     write_log(tmp_path / "pause_kd-1.jsonl", [head | dict(concept_model_hash="another"), *lines])
-    note = "'Pause + KD' had different concept models"
+    note = "note: out/gpt was not the same in all runs (pause_kd-1; pause_kd-2)"
     assert note in run(experiment.main, tmp_path, "--draw")[1]
     (tmp_path / "pause_kd-1.jsonl").unlink()
     status, out, err = run(experiment.main, tmp_path, "--draw")
@@ -67,6 +68,7 @@ ONE = 'runs = {"a": "train.py"}\n'
     (ONE + "seeds = ()", "seeds=()"),
     ('runs = {"a": "train.py", "A": "train.py"}', "more than case"),
     (ONE + "at_once = 0", "at_once=0"),
+    (ONE + 'before = {"a-SEED": "train.py"}', "before: a-1337 is a run, too"),
     (ONE + 'panels = {"x": 5}', "panels: expected lists"),
     (ONE + 'claims = {"x": ["a"]}', "two rows each"),
     (ONE + 'once = ("b",)', "'b' in once, short, panels or claims is not a row"),
@@ -192,3 +194,40 @@ def test_each_row_of_an_experiment_is_a_run_that_its_script_accepts(name, rows):
         if script == "train.py":
             train.model_config(cfg, 4096, 2048, 160)  # raises where the keys don't fit together
     assert len({experiment.file_name(row) for row in e["runs"]}) == len(e["runs"]) == rows
+
+def test_a_log_of_a_run_with_another_concept_model_is_not_accepted(tmp_path):
+    e = experiment.EXPERIMENT | dict(out="out", before={"gpt": "train.py"}, runs={"a": "train.py"})
+    job, = experiment.jobs_of(e)
+    head = dict(step=0, max_iters=1, command=job.command, before=job.before)
+    lines = head, dict(step=1, val_loss=2.0)
+    (tmp_path / f"{job.name}.jsonl").write_text("".join(json.dumps(t) + "\n" for t in lines))
+    assert job.log(tmp_path)
+    other, = experiment.jobs_of(e | dict(before={"gpt": "train.py --n_layer=9"}))
+    assert other.command == job.command and other.log(tmp_path) is None
+
+def test_a_run_is_started_again_where_its_models_have_other_commands(tmp_path, monkeypatch):
+
+    def call(command, name, log, threads):
+        folder = log.with_suffix("")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log.jsonl").write_text('{"step": 0}\n')
+    monkeypatch.setattr(experiment, "call", call)
+    (tmp_path / "results").mkdir()
+    for gpt, kept in (("train.py", True), ("train.py", True), ("train.py --n_layer=2", False)):
+        e = experiment.EXPERIMENT | dict(out="out", before={"gpt": gpt}, runs={"a": "train.py"})
+        job, = experiment.jobs_of(e)
+        (tmp_path / "out" / job.name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / job.name / "mine").touch()
+        experiment.run_job(job, tmp_path / "out", tmp_path / "results", 1, "here")
+        assert (tmp_path / "out" / job.name / "mine").exists() == kept
+    head = read_log(tmp_path / "results" / f"{job.name}.jsonl")[0]
+    assert (head["command"], head["before"]) == (job.command, job.before)
+
+def test_rows_that_run_once_have_the_first_seed_and_come_last():
+    e = experiment.EXPERIMENT | dict(
+        out="out", before={"gpt-SEED": "train.py --seed=SEED"}, once=("a",), seeds=(1, 2),
+        runs={"a": "train.py", "b": "train.py --x=SEED"}, every="--y=out/gpt-SEED")
+    jobs = experiment.jobs_of(e)
+    assert [(job.row, job.seed) for job in jobs] == [("b", 1), ("b", 2), ("a", 1)]
+    assert jobs[1].command == "train.py --x=2 --y=out/gpt-2 --seed=2 --out_dir=out/b-2"
+    assert len({job.before for job in jobs}) == 2

@@ -12,6 +12,7 @@ from conftest import run
 import eval as evaluation
 from model import GPT, ModelConfig, load_gpt
 from support import published, tokens
+from support.checkpoint import model_hash
 from support.published import HUB, load_sae, start_from
 from support.tokens import load_tokenizer
 
@@ -136,6 +137,18 @@ def test_without_config_json_the_assumption_is_printed(tmp_path, capsys):
     ours, _ = load_gpt(write(tmp_path, state, config=False))
     assert "no config.json next to it; assuming GPT-2's, heads of 64" in capsys.readouterr().out
     close(ours, hub_logits(state, X, n_head=1))
+
+def test_another_number_of_heads_is_another_model(tmp_path):
+    state = hub_weights()
+    models = [load_gpt(write(tmp_path / str(n), state, n_head=n))[0] for n in (1, 2, 4)]
+    assert len({model_hash(model) for model in models}) == 3
+
+def test_a_folder_of_a_run_and_of_other_weights_is_refused(tmp_path):
+    folder = write(tmp_path, hub_weights())
+    load_gpt(folder)
+    (tmp_path / "ckpt.pt").write_bytes(b"a run's")
+    with pytest.raises(UserError, match="holds a run and other weights: name .*ckpt.pt or .*bin"):
+        load_gpt(folder)
 
 @pytest.mark.parametrize("setting", [
     dict(activation_function="gelu_pytorch_tanh"), dict(activation_function="gelu_fast"),

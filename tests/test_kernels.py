@@ -182,3 +182,13 @@ print(seen[-1] - seen[-11])
     process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True,
                              text=True, check=True)
     assert int(process.stdout) < 2 * 16384  # pages; without it, ten times 16384
+
+def test_in_bfloat16_all_chunks_add_to_the_weights_gradient(monkeypatch):
+    monkeypatch.setattr(kernels, "chunk_rows", lambda device, width: 7)
+    x, w = torch.randn(40, 16, requires_grad=True), torch.randn(64, 16, requires_grad=True)
+    y = torch.randint(50, (40,))
+    expected = torch.autograd.grad(F.cross_entropy((x @ w[:50].T), y), (x, w))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = linear_cross_entropy(x, w, y, 50)
+    for ours, plain in zip(torch.autograd.grad(loss, (x, w)), expected, strict=True):
+        assert (ours - plain).norm() < 0.03 * plain.norm()

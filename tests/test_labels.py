@@ -1,14 +1,17 @@
 """Label files: equal to labels computed while training, resumable, refused if they do not fit."""
+import json
 import shutil
+
+from support.runtime import UserError
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, run
+from conftest import TINY, StopAt, run
 
 import concepts
 import train
-from support.labels import open_labels, write_labels
+from support.labels import HEADER, open_labels, write_labels
 from support.log import read_log
 from support.prepare import locked
 from support.tokens import load_tokens
@@ -82,8 +85,62 @@ def test_stored_labels_are_those_of_every_unshifted_block_and_writing_resumes(
     with open(part, "ab") as file:
         file.write(b"half a row")
     write_labels(concept_model, keys, 257, CPU)
-    assert len(calls) == 4  # 3 calls with up to 8192 tokens, the second one twice
+    # 3 calls with up to 8192 tokens, the second one twice, and one for the last block that is there
+    assert len(calls) == 5
     assert path.read_bytes() == content and not part.exists()
+
+@pytest.fixture
+def written(chain, own_dataset):
+    """(concept model, keys, label file) of labels that are written."""
+    keys = concepts.Config(**label_keys(chain, own_dataset))
+    concept_model, _ = concepts.load_concept_model(keys, CPU)
+    return concept_model, keys, write_labels(concept_model, keys, 257, CPU)
+
+def test_a_crash_that_leaves_zeros_is_noticed(written):
+    concept_model, keys, path = written
+    content, part = path.read_bytes(), path.with_suffix(".part")
+    path.unlink()
+    header = json.loads(content[:HEADER])
+    del header["labels"]  # unfinished
+    half = len(content) // 2
+    part.write_bytes(json.dumps(header).encode().ljust(HEADER) + content[HEADER:half] + bytes(half))
+    write_labels(concept_model, keys, 257, CPU)
+    assert path.read_bytes() == content
+
+@pytest.mark.parametrize("byte", [0, 255])
+def test_damaged_labels_are_refused(written, byte):
+    concept_model, keys, path = written
+    content = bytearray(path.read_bytes())
+    content[-200:-100] = bytes([byte]) * 100
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged or cut short; remove it"):
+        open_labels(concept_model, keys)
+
+def test_unfinished_labels_of_another_model_are_kept(written, chain):
+    concept_model, keys, path = written
+    part = path.rename(path.with_suffix(".part"))
+    content = part.read_bytes()
+    concept_model.sae.latent_bias.data += 1
+    with pytest.raises(UserError, match="unfinished labels of another sae: finish them, or remove"):
+        write_labels(concept_model, keys, 257, CPU)
+    assert part.read_bytes() == content
+    part.write_bytes(b"")  # nothing in it to keep
+    write_labels(concept_model, keys, 257, CPU)
+
+def test_a_run_that_learned_from_another_sae_does_not_blame_its_labels(
+        chain, own_dataset, tmp_path):
+    sae = shutil.copytree(chain["sae"], tmp_path / "sae")
+    keys = [*arguments(chain, own_dataset), f"--sae={sae}"]
+    argv = [*TINY, *keys, "--method=cocomix", "--labels=disk", "--shift_blocks=false",
+            f"--out_dir={tmp_path / 'run'}"]
+    assert run(concepts.main, "--write_labels", *keys)[0] == 0
+    with StopAt(5):
+        run(train.main, *argv)
+    state = torch.load(sae / "sae.pt")
+    state["latent_bias"] += 1
+    torch.save(state, sae / "sae.pt")
+    status, _, err = run(train.main, *argv, "--resume")
+    assert status == 1 and "not what this run learned from" in err and "labels" not in err
 
 def test_two_at_the_same_time_do_not_mix(chain, own_dataset):
     with locked(own_dataset):

@@ -9,7 +9,7 @@ from conftest import tiny_gpt
 from test_reference import VARIANTS, tokens
 
 from model import GPT, ModelConfig, load_gpt, load_model
-from support import kernels
+from support import kernels, reference
 from support.ablations import DISTANCES, INSERTS, MIXES, HiddenMixer
 from support.kernels import normalize
 
@@ -176,3 +176,28 @@ def test_gpt2_equals_transformers(tmp_path):
     for folder in (tmp_path, tmp_path / "folder"):
         ours, _ = load_gpt(str(folder))
         torch.testing.assert_close(ours(x).logits, theirs(x).logits, atol=1e-4, rtol=1e-4)
+
+def test_dropout_acts_in_training_only(monkeypatch):
+    model, x = tiny_gpt(dropout=0.5), torch.randint(61, (2, 12))
+    seen, keep = [], kernels.attention
+    monkeypatch.setattr(kernels, "attention", lambda *a: seen.append(a[-1]) or keep(*a))
+    assert not torch.equal(model(x).logits, model(x).logits) and set(seen) == {0.5}
+    model.eval()
+    seen.clear()
+    h = reference.run_blocks(model, reference.embed(model, x), 0, 3)
+    torch.testing.assert_close(model(x).logits, reference.head(model, h))
+    assert set(seen) == {0.0}
+
+def test_the_initial_stds_are_those_of_the_config():
+    model = GPT(ModelConfig(block_size=64, vocab_size=500, n_layer=8, n_head=4, n_embd=128,
+                            embedding_std=0.3, init_std=0.05))
+    assert model.wte.weight.std().item() == pytest.approx(0.3, rel=0.05)
+    assert model.wpe.weight.std().item() == pytest.approx(0.05, rel=0.05)
+    assert model.h[2].attn.c_attn.weight.std().item() == pytest.approx(0.05, rel=0.05)
+    assert model.h[2].mlp.c_proj.weight.std().item() == pytest.approx(0.05 / 4, rel=0.05)
+
+def test_kept_values_below_zero_stay(k=40):
+    model, x = tiny_gpt(insert="concept", concept_k=k), torch.randint(61, (2, 12))
+    labels = torch.randint(40, (2, 12, 4))
+    assert (model(x).concepts.values < 0).any()
+    torch.testing.assert_close(model(x).logits, reference.forward(model, x, labels)[0])

@@ -11,6 +11,7 @@ import concepts
 import sae
 import sample
 import train
+from support.bpe import save_bpe
 from support.tokens import tokens_hash
 
 evaluation = __import__("eval")
@@ -149,6 +150,27 @@ def test_an_sae_is_trained_again_where_its_concept_model_is_new(copy):
     status, _, err = run(sae.main, *keys, "--resume")
     assert status == 1 and "concept_model changed" in err and "--overwrite" in err
     assert run(sae.main, *keys, "--overwrite")[0] == 0
+
+def test_an_sae_without_its_report_is_named(copy):
+    folder, keys = copy
+    (folder / "sae" / "sae.json").unlink()
+    status, out, err = run(train.main, *keys, "--overwrite")
+    assert status == 0 and "no sae.json next to it; not compared with the concept model" in out, err
+
+def test_a_dataset_is_read_with_its_own_tokenizer_wherever_it_is(copy):
+    folder, keys = copy
+    (folder / "data").rename(folder / "moved")
+    other = make_dataset(folder / "data")  # another one at the old place, with another tokenizer
+    ranks = {bytes([255 - b]): b for b in range(256)}
+    save_bpe(ranks, Path(other) / "bytes.tiktoken")
+    moved = [key for key in keys if not key.startswith("--dataset")]
+    moved += [f"--dataset={folder / 'moved'}", "--overwrite"]
+    status, _, err = run(train.main, *moved)
+    assert status == 0, err
+    for place in (folder / "data", folder / "moved"):
+        (place / "bytes.tiktoken").unlink()
+    status, _, err = run(train.main, *moved)
+    assert status == 1 and f"copy it to {folder / 'moved'}, or prepare the dataset again" in err
 
 @pytest.mark.parametrize("owner, other", [("gpt", "sae"), ("sae", "gpt")])
 def test_a_run_does_not_write_into_anothers_folder(copy, owner, other):

@@ -3,25 +3,26 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 from support.runtime import UserError
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_SAE, StopAt, run
+from conftest import TINY_SAE, StopAt, run, tiny_gpt
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sae as sae_module
 from model import load_gpt
 from sae import SAE, Config, initialize, load_sae, losses, train_step, variance_share
-from support import reference
-from support.activations import check_layer, geometric_median, hidden_states
+from support import kernels, reference
+from support.activations import HiddenStates, check_layer, geometric_median, hidden_states
 from support.kernels import normalize
 from support.log import read_log
 from support.published import sae_file
 from support.sae_run import report
-from support.tokens import load_tokens, sequential
+from support.tokens import Batches, load_tokens, sequential
 
 CPU = torch.device("cpu")
 
@@ -249,3 +250,34 @@ def test_a_finished_sae_is_not_trained_again(chain, dataset, tmp_path):
     status, _, err = run(sae_module.main, *argv, "--resume", "--seed=2")
     assert status == 1 and "seed=1337" in err
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    for name, content in (("sae.json", None), ("sae.json", b"{}"), ("sae.pt", b"damaged")):
+        (folder / name).unlink()
+        if content:
+            (folder / name).write_bytes(content)
+        status, out, err = run(sae_module.main, *argv, "--resume")  # both are written again
+        assert status == 0 and "FVU" in out and "already trained" not in out, err
+        assert (folder / name).read_bytes() == before[name]
+
+def test_an_sae_step_minimises_the_auxiliary_loss_too():
+    sae = SAE(12, 30, 4).double()
+    x, cfg = torch.randn(50, 12).double(), Config(k_aux=5, aux_weight=0.25)
+    sae.since_active[::2] = 1000
+    fvu, aux, _ = losses(sae, x, sae.since_active >= 1000, 5)
+    expected = sae.encoder.detach() - 0.1 * torch.autograd.grad(fvu + 0.25 * aux, sae.encoder)[0]
+    assert aux > 0
+    train_step(sae, torch.optim.SGD(sae.parameters(), lr=0.1), x, cfg, 1000, 0)
+    torch.testing.assert_close(sae.encoder.detach(), expected)
+
+def test_hidden_states_are_shuffled(dataset):
+    gpt = tiny_gpt(torch.float32, vocab_size=257).requires_grad_(False).eval()
+    cfg = SimpleNamespace(buffer=2, batch_size=32, concept_layer=1, seed=3)
+    batches = Batches(load_tokens(dataset, "train"), 16, 4, 257, 3)
+    states = HiddenStates(gpt, cfg, batches, CPU)
+    found = torch.cat([states[0], states[1]])
+    h = kernels.normalize(gpt.forward_blocks(gpt.embed(batches[0][0]), 0, 2))[0].flatten(0, 1)
+    assert not torch.allclose(found, h)
+    nearest = torch.cdist(found, h).argmin(1)
+    assert len(nearest.unique()) == 64 and (nearest[:32] >= 32).any()  # of both batches
+
+def test_latents_are_dead_after_a_twentieth_of_the_training(chain):
+    assert json.loads(Path(chain["sae"], "sae.json").read_text())["dead_tokens"] == 8192 // 20

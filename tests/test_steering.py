@@ -7,12 +7,15 @@ from support.runtime import UserError
 
 import pytest
 import torch
-from conftest import run
+from conftest import run, tiny_gpt
 
 import concepts
 import eval as evaluation
+from concepts import ConceptModel
 from model import load_model
+from sae import SAE
 from support import steering
+from support.activations import hidden_states
 from support.checkpoint import load_checkpoint
 from support.concept_index import NAME, index_of_run
 from support.engine import generate
@@ -101,3 +104,15 @@ def test_steering_is_measured_on_a_gpu(cocomix, tmp_path, monkeypatch):
     monkeypatch.setattr(steering, "PROMPTS", 2)
     argv = tmp_path / "run", "--device=cuda", "--steering", "--steered=2"
     assert run(evaluation.main, *argv)[0] == 0
+
+def test_steering_acts_on_the_state_that_the_sae_reads():
+    sae = SAE(24, 40, 6).double().requires_grad_(False)
+    torch.nn.init.normal_(sae.latent_bias, std=0.3)
+    gpt = tiny_gpt().requires_grad_(False).eval()
+    cm, x = ConceptModel(gpt, sae, 1), torch.randint(61, (2, 12))
+    scale = torch.ones(40, dtype=torch.float64)
+    scale[[3, 5]] = -8
+    h = hidden_states(gpt, x, 1)
+    change, _, _ = concepts.SteeredSAE(sae)(h, scale=scale)
+    expected = gpt.head(gpt.finish(h + change, 2)[0])
+    torch.testing.assert_close(concepts.steerable(cm)(x, scale=scale).logits, expected)

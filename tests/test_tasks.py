@@ -242,3 +242,12 @@ def test_the_hubs_documents_are_those_of_the_tasks_split(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert tasks.documents("arc_easy", None, 2) == harness.DOCUMENTS["arc_easy"][:2]
     assert called == [(("allenai/ai2_arc", "ARC-Easy"), dict(split="test"))]
+
+def test_the_error_of_a_perplexity_is_the_perplexity_times_that_of_its_log():
+    model, tokenizer = harness.fixture_model("gpt"), load_tokenizer("stdlib")
+    docs, size = harness.DOCUMENTS["lambada_openai"], model.config.block_size
+    row = tasks.run_task("lambada_openai", docs, model, tokenizer, 4)
+    asked = [tasks.encode(tokenizer, *tasks.lambada(doc).pairs[0], size) for doc in docs]
+    found = [(pairs[0][0], 1) for pairs in tasks.loglikelihoods(model, asked, 4)]
+    value, error = row["lambada_openai/perplexity"], tasks.mean_and_error(found)[1]
+    assert row["lambada_openai/perplexity_stderr"] == pytest.approx(value * error, rel=1e-5)

@@ -24,6 +24,7 @@ from support.tokens import (
     load_tokens,
     sequential,
     tokenizer_hash,
+    tokens_hash,
 )
 
 def batches(tokens, **more):
@@ -200,3 +201,14 @@ def test_long_runs_are_encoded_in_pieces(text):
     tokenizer = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks,
                                   special_tokens={END_OF_TEXT: 256})
     assert tokenizer.decode(encode_text(tokenizer, text)) == text
+
+def test_tokens_hash_sees_every_part_of_a_large_split():
+    tokens = np.arange(500, dtype="<u2")
+    before = tokens_hash(tokens, size=8)
+    for i in range(0, 500, 7):  # up to parts · size tokens, all of them count
+        changed = tokens.copy()
+        changed[i] += 1
+        assert tokens_hash(changed, size=8) != before, i
+    changed = tokens.copy()
+    changed[-1] += 1
+    assert tokens_hash(changed, parts=4, size=8) != tokens_hash(tokens, parts=4, size=8)

@@ -1,6 +1,8 @@
 """Training: it learns, resumes bit for bit and stops cleanly; the schedule and the optimizer."""
+import contextlib
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +14,16 @@ from support.runtime import UserError
 
 import pytest
 import torch
-from conftest import TINY, StopAt, make_dataset, run
+from conftest import TINY, StopAt, make_dataset, run, tiny_gpt
 
 import eval as evaluation
 import train
-from model import load_model
-from support import accounting, checkpoint
+from concepts import Targets
+from model import ModelConfig, load_model
+from support import accounting, checkpoint, training
 from support.checkpoint import load_checkpoint
+from support.distributed import Ranks
+from support.kernels import Teacher
 from support.log import read_log
 from support.training import read_config
 
@@ -185,6 +190,7 @@ def test_a_finished_run_can_be_extended(dataset, tmp_path):
     assert status == 0 and "extended from 8 to 12 steps; the learning rate rises to" in out, err
     log = read_log(tmp_path / "log.jsonl")
     assert [line["step"] for line in log if "loss" in line] == list(range(1, 13))
+    assert log[0]["max_iters"] == 12
     cfg = train.Config(max_iters=12, learning_rate=1e-3)
     rates = [train.learning_rate(cfg, step) for step in range(8, 12)]
     assert values_of(log, "lr")[8:] == pytest.approx(rates) and rates[0] > values_of(log, "lr")[7]
@@ -254,14 +260,28 @@ def test_a_new_mixer_hardly_changes_a_pretrained_model(chain, dataset, tmp_path,
 
 def test_a_run_starts_from_one_with_the_same_mixer(chain, dataset, tmp_path):
     start = [f"--init_from={chain['cocomix']}", "--max_iters=0", *cocomix(chain)]
+    other = shutil.copytree(chain["sae"], tmp_path / "sae")
+    state = torch.load(other / "sae.pt")
+    state["latent_bias"] += 1
+    torch.save(state, other / "sae.pt")
     trained(*arguments(dataset, tmp_path / "same", *start))
     old, new = (load_checkpoint(f)["model"] for f in (chain["cocomix"], tmp_path / "same"))
     assert all(torch.equal(t, new[name]) for name, t in old.items()) and len(old) == len(new)
     for keys, message in (("--mix=add", "another shape than this run: give it --mix=interleave\n"),
                           ("--insert_layer=2", "give it --insert_layer=1\n"),
-                          ("--method=ntp", "has a concept mixer, unlike this run")):
+                          ("--method=ntp", "has a concept mixer, unlike this run"),
+                          (f"--sae={other}", f"learned from another sae, then at --sae="
+                                             f"{chain['sae']}: give this run the same")):
         status, _, err = run(train.main, *arguments(dataset, tmp_path / "b", *start, *keys.split()))
         assert status == 1 and message in err and err.count("\n") == 1, err
+
+def test_pause_vectors_start_from_others_whatever_the_teacher(chain, dataset, tmp_path):
+    keys = ["--method=pause_kd", "--max_iters=0"]
+    trained(*arguments(dataset, tmp_path / "a", *keys, f"--concept_model={chain['gpt']}"))
+    trained(*arguments(dataset, tmp_path / "b", *keys, f"--concept_model={chain['ntp']}",
+                       f"--init_from={tmp_path / 'a'}", "--concept_k=3"))
+    a, b = (load_checkpoint(tmp_path / name)["model"]["mixer.vector"] for name in "ab")
+    assert torch.equal(a, b)
 
 def wait_for(condition, seconds):
     deadline = time.time() + seconds
@@ -387,13 +407,33 @@ def test_a_mixer_with_a_learning_rate_of_zero_stays_as_it_was(chain, dataset, tm
 
 # -- keys ------------------------------------------------------------------------------------------
 
-def test_max_iters_on_the_command_line_overrides_a_configs_max_tokens():
+def test_max_iters_on_the_command_line_overrides_a_configs_max_tokens(tmp_path):
     def max_iters(*argv):
         argv = [str(ROOT / "config" / "cocomix_69m.py"), *argv]
         return read_config(train.Config, argv, train.__doc__).max_iters
     assert max_iters() == 38147 and max_iters("--max_iters=100") == 100
     with pytest.raises(UserError, match="exclude each other"):
         max_iters("--max_iters=100", "--max_tokens=1e6")
+    short = tmp_path / "short.py"
+    short.write_text("max_iters = 10")
+    with pytest.raises(UserError, match="exclude each other"):
+        max_iters(str(short))
+    assert max_iters(str(short), "--max_iters=20") == 20
+    assert max_iters(str(short), "--max_tokens=1e6") == 2  # of 512 · 1024 tokens
+    assert max_iters(str(short), "--max_tokens=none") == 10
+
+def test_a_warm_up_longer_than_the_run_is_named(dataset, tmp_path):
+    argv = arguments(dataset, tmp_path, "--warmup_iters=9")
+    assert "note: warmup_iters=9 of max_iters=8 steps" in run(train.main, *argv)[1]
+
+def test_a_run_does_not_replace_its_own_concept_model(chain, dataset, tmp_path):
+    folder = shutil.copytree(chain["gpt"], tmp_path / "gpt")
+    before = (folder / "ckpt.pt").read_bytes()
+    for place in (folder, folder / "ckpt.pt"):
+        status, _, err = run(train.main, *arguments(dataset, folder, "--overwrite", "--method=kd",
+                                                    f"--concept_model={place}"))
+        assert status == 1 and "would replace the concept model" in err
+    assert (folder / "ckpt.pt").read_bytes() == before
 
 def test_keys_that_a_method_does_not_use_are_named_and_stop_nothing(chain, dataset, tmp_path):
     keys = [*TINY, "--method=kd", f"--concept_model={chain['gpt']}", f"--dataset={dataset}"]
@@ -402,3 +442,120 @@ def test_keys_that_a_method_does_not_use_are_named_and_stop_nothing(chain, datas
     assert status == 0, err
     assert "note: method='kd' does not use" in out and "concept_layer" in out and "select" in out
     assert "kd_weight" not in out and "concept_model" not in out.split("\n")[0]
+
+@pytest.mark.parametrize("clip, norm", [(1.0, 1.0), (10.0, 5.0), (0.0, 5.0)])
+def test_a_step_is_clipped_and_has_the_schedules_learning_rate(clip, norm):
+    model = torch.nn.Linear(2, 1, bias=False).double()
+    optimizer = torch.optim.SGD([dict(params=model.parameters(), lr_scale=2.0)], lr=9.0)
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    cfg = train.Config(grad_clip=clip, max_iters=3000, learning_rate=0.1)  # 10 steps of warm-up
+    assert train.update(model, optimizer, cfg, 4).item() == pytest.approx(5)
+    moved = (before - model.weight.detach()).norm().item()
+    assert moved == pytest.approx(2 * 0.05 * norm, rel=1e-5)
+    assert model.weight.grad is None
+
+def test_betas_are_the_configs():
+    model = torch.nn.Linear(2, 2)
+    groups = train.make_optimizer(model, train.Config(beta1=0.8, beta2=0.9), CPU).param_groups
+    assert all(group["betas"] == (0.8, 0.9) for group in groups)
+
+def test_min_lr_and_warmup_iters_set_the_ends_of_the_schedule():
+    cfg = train.Config(max_iters=100, learning_rate=1.0, min_lr=0.3, warmup_iters=20)
+    rates = [train.learning_rate(cfg, step) for step in range(100)]
+    assert rates[:20] == pytest.approx([(i + 1) / 20 for i in range(20)])
+    assert rates[20] == 1 and rates[-1] == pytest.approx(0.3)
+
+def test_every_step_draws_its_own_dropout(dataset, tmp_path, monkeypatch):
+    seeds, keep = [], train.step_losses
+
+    def watched(model, *more):
+        if model.training:
+            seeds.append(torch.initial_seed())
+        return keep(model, *more)
+    monkeypatch.setattr(train, "step_losses", watched)
+    status, _, err = run(train.main, *TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}",
+                         "--dropout=0.1", "--micro_batch_size=4")
+    assert status == 0 and len(seeds) == len(set(seeds)) == 8, err
+
+def test_only_steps_count_as_training_time(dataset, tmp_path, monkeypatch):
+    clock, keep, val = [0.0], train.step_losses, iter([5.0, 3.0, 4.0])
+
+    def step_losses(*args):
+        clock[0] += 1
+        return keep(*args)
+
+    def evaluate(*_):
+        clock[0] += 100
+        return next(val), None
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(train, "step_losses", step_losses)
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    status, _, err = run(train.main, *TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}",
+                         "--micro_batch_size=4", "--log_interval=2")
+    assert status == 0, err
+    lines = [line for line in read_log(tmp_path / "log.jsonl") if "loss" in line]
+    assert [line["tokens_per_s"] for line in lines] == [128.0] * 4
+    content = load_checkpoint(tmp_path)
+    assert content["seconds"] == 8 and content["best_val_loss"] == 3
+
+def test_the_val_sample_is_the_same_for_every_seed(chain, dataset, tmp_path):
+    losses = []
+    for seed in (1, 2):
+        run(train.main, *TINY, f"--dataset={dataset}", f"--out_dir={tmp_path / str(seed)}",
+            "--max_iters=0", f"--init_from={chain['gpt']}", f"--seed={seed}")
+        losses.append(read_log(tmp_path / str(seed) / "log.jsonl")[-1]["val_loss"])
+    assert losses[0] == losses[1]
+
+def test_the_total_and_the_losses_of_the_log():
+    model, (x, y) = tiny_gpt(insert="concept"), torch.randint(61, (2, 2, 12))
+    labels = torch.randint(40, (2, 12, 4))
+    teacher = Teacher(torch.randn(2, 12, 5).double(), torch.randn(64, 5).double())
+    cfg = train.Config(kd_weight=0.5, concept_weight=0.7)
+    found = train.step_losses(model, cfg, x, y, Targets(labels, teacher))
+    plain = model(x, y, labels)
+    torch.testing.assert_close(found.next_token, plain.loss.detach())
+    torch.testing.assert_close(found.concept, plain.concept_loss.detach())
+    torch.testing.assert_close(
+        found.total, plain.loss + 0.5 * found.kl + 0.7 * plain.concept_loss)
+
+def test_in_an_evaluation_every_row_weighs_the_same():
+    model, (x, y) = tiny_gpt(insert="concept"), torch.randint(61, (2, 5, 12))
+    labels = torch.randint(40, (5, 12, 4))
+    train_run = SimpleNamespace(model=model, compiled=model, cfg=train.Config(), ranks=Ranks(),
+                                autocast=contextlib.nullcontext())
+
+    class Groups(list):
+        predicts = True
+    groups = Groups((x[r], y[r], labels[r]) for r in (slice(0, 4), slice(4, 5)))
+    whole = model(x, y, labels)
+    assert train.evaluate(train_run, groups) == pytest.approx(
+        (whole.loss.item(), whole.concept_loss.item()))
+
+def test_a_model_has_the_keys_of_its_run():
+    cfg = train.Config(method="cocomix", target="cos", bias=False, dropout=0.1, embedding_std=0.3,
+                       init_std=0.4, concept_k=7, insert_layer=2, mix="add", n_layer=3, n_head=2,
+                       n_embd=16, block_size=32)
+    assert train.model_config(cfg, 100, 0, 20) == ModelConfig(
+        block_size=32, vocab_size=100, n_layer=3, n_head=2, n_embd=16, dropout=0.1, bias=False,
+        embedding_std=0.3, init_std=0.4, insert="hidden", mix="add", insert_layer=2, n_concepts=0,
+        concept_k=7, hidden_size=20, distance="cos")
+
+def test_what_affects_the_losses_is_kept_on_resume():
+    kept = """learning_rate min_lr warmup_iters weight_decay decay_all beta1 beta2 grad_clip
+        kd_weight concept_weight concept_lr_scale select attribution attribution_sign attr_k
+        concept_layer concept_k seed batch_size block_size eval_iters dtype shift_blocks dropout
+        method mix target insert_layer max_iters labels"""
+    assert not {*kept.split()} & {*training.TrainingRun.free}
+
+def test_an_evaluation_reads_eval_iters_batches(dataset, tmp_path):
+    status, out, err = run(train.main, *TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}",
+                           "--max_iters=1")
+    assert status == 0 and "on 256 val tokens" in out, err  # 2 batches of 4 blocks of 32
+
+def test_val_labels_are_those_of_the_next_tokens():
+    x, y = torch.randint(61, (2, 2, 12))
+    for target in ("concept", "hidden"):
+        asked = SimpleNamespace(target=target, labels=lambda x, y: (x, y))
+        (a, b, labels), = training.ValBatches([(x, y)], asked)
+        assert a is x and b is y and labels[0] is x and labels[1] is y

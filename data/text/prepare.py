@@ -127,6 +127,8 @@ def jsonl_texts(file, path, field):
 
 def txt_texts(file):
     for text in iter(partial(file.read, PIECE), ""):
+        if "\0" in text:
+            raise UnicodeDecodeError("utf-8", b"\0", 0, 1, "UTF-16, or not text")
         yield text, False
     yield "", True
 
@@ -140,7 +142,8 @@ def pieces(path, field="text"):
             is_jsonl = kind(path) == "jsonl"
             yield from cut(jsonl_texts(file, path, field) if is_jsonl else txt_texts(file))
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text (byte {e.object[e.start]:#04x})") from e
+        raise UserError(f"{path} is not UTF-8 text (byte {e.object[e.start]:#04x}); convert it: "
+                        f"iconv -f LATIN1 -t UTF-8 {path}") from e
     except (EOFError, lzma.LZMAError, OSError, zlib.error) as e:
         if isinstance(e, OSError) and e.filename:
             raise

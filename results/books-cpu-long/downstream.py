@@ -2,7 +2,8 @@
 
     python results/books-cpu-long/downstream.py out/books-cpu-long/*-1337
 
-Adds a line per run to downstream.jsonl, unless it is there, and writes downstream.md:
+Adds a line per run to downstream.jsonl, or replaces it where the run's weights are other ones, and
+writes downstream.md:
 
     held-out     nats per token on the validation split, 592,083 tokens of 40 held-out books
     books        word perplexity, and the perplexity of a held-out passage's last word, greedy
@@ -10,9 +11,9 @@ Adds a line per run to downstream.jsonl, unless it is there, and writes downstre
     LAMBADA      perplexity and greedy accuracy (--eval_data: the folder of the tasks)
     WikiText-2   word perplexity
 
-± is the standard error over documents (the 40 books for word perplexity, else passages); vs NTP it
-is paired, book by book. The other three words are last words of other passages and about as
-frequent in the training text.
+± is the standard error over documents (the 40 books for word perplexity, else passages, of which 50
+are from one book); vs NTP it is paired, book by book. The other three words are last words of other
+passages and about as frequent in the training text.
 """
 import json
 import lzma
@@ -33,7 +34,7 @@ import torch
 import eval as evaluation
 from model import load_model
 from support import tasks
-from support.checkpoint import RUN, find_checkpoint, load_checkpoint
+from support.checkpoint import RUN, find_checkpoint, load_checkpoint, model_hash
 from support.cli import key, parse
 from support.curves import append_rows, markdown
 from support.log import read_log
@@ -129,10 +130,12 @@ def table(rows):
 def main(argv):
     cfg, runs = parse(Config, argv, __doc__, files=False)
     path, device = HERE / "downstream.jsonl", torch.device("cpu")
-    done = {row["run"] for row in read_log(path)} if path.is_file() else set()
+    rows = {row["run"]: row for row in read_log(path)} if path.is_file() else {}
     docs = None
     for folder in map(Path, runs):
-        if folder.name in done:
+        content = load_checkpoint(find_checkpoint(folder), RUN)
+        model, tokenizer = load_model(content, device), tokenizer_of_run(content)
+        if rows.get(folder.name, {}).get("model_hash") == model_hash(model):
             continue
         if docs is None:
             held_out = read_books(Path(cfg.books, "books-val.jsonl.xz"))
@@ -143,18 +146,18 @@ def main(argv):
                         last_word=with_choices(passages(held_out), counts))
             docs |= {name: tasks.documents(name, cfg.eval_data, None)
                      for name in ("lambada_openai", "wikitext")}
-        content = load_checkpoint(find_checkpoint(folder), RUN)
-        model, tokenizer = load_model(content, device), tokenizer_of_run(content)
-        row = dict(run=folder.name, step=content["step"])
+        row = dict(run=folder.name, step=content["step"], model_hash=model_hash(model))
         row |= evaluation.evaluate(content, model, device)
         for name, some in docs.items():
             row |= tasks.run_task(name, some, model, tokenizer, batch_size=16)
         row = {k: v for k, v in row.items() if k != "perplexity" and not k.endswith("/seconds")}
         row["books/nats"] = [round(doc["nats"], 1) for doc in docs["books"]]
         row["books/words"] = [len(doc["text"].split()) for doc in docs["books"]]
-        append_rows(path, row)
+        rows[folder.name] = row
+        path.unlink(missing_ok=True)
+        append_rows(path, *rows.values())
         print(f"{folder.name}: {math.exp(row['loss']):.2f}", flush=True)
-    text = table(read_log(path))
+    text = table(list(rows.values()))
     (HERE / "downstream.md").write_text(text + "\n")
     print(text)
 

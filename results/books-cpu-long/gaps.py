@@ -2,10 +2,10 @@
 
     python results/books-cpu-long/gaps.py
 
-Reads the logs in this folder and writes gaps.md and gaps.png, gaps.svg. After T tokens, with the
-same seed, batches and learning rates:
+Reads the logs in this folder and writes gaps.md, gaps.png, gaps.svg and pairs.md. After T tokens,
+with the same seed, batches and learning rates:
 
-    gap           a row's validation loss minus NTP's, in nats
+    gap           a row's validation loss minus NTP's, in nats; pairs.md: minus another row's
     tokens saved  1 - t/T, where t is how many tokens the row needed for NTP's loss after T tokens
 
 A student passes its concept model at the first evaluation from which on its validation loss is
@@ -26,18 +26,23 @@ ROWS = {"ntp": "NTP", "kd": "KD", "kd_weight_1": "KD, weight 1", "cocomix": "CoC
         "cocomix_tuned": "CoCoMix, tuned", "tuned_nothing_mixed_in": "tuned, nothing mixed in",
         "tuned_kd_weight_1": "tuned + KD, weight 1", "tuned_half": "tuned, half",
         "kd_weight_1_half": "KD, weight 1, half"}
+PAIRS = (("CoCoMix, tuned", "tuned, nothing mixed in"), ("CoCoMix, tuned", "KD, weight 1"),
+         ("tuned + KD, weight 1", "KD, weight 1"), ("CoCoMix", "KD"),
+         ("tuned, half", "CoCoMix, tuned"), ("KD, weight 1, half", "KD, weight 1"),
+         ("tuned, half", "KD, weight 1, half"))
 
 def read_curves():
     """{row: Curve} of the finished runs, NTP first."""
-    logs = {path.stem: read_log(path) for path in HERE.glob("*.jsonl")}
+    logs = {path.stem: read_log(path) for path in HERE.glob("*-*.jsonl")}
+    logs = {name: log for name, log in logs.items() if log[-1].get("step") == log[0]["max_iters"]}
     found = curves.read_curves({name: log for name, log in logs.items()
                                 if name.rpartition("-")[0] in ROWS})
     return {title: found[name] for name, title in ROWS.items() if name in found}
 
-def gaps(curve, ntp):
-    """{seed: the row's loss minus NTP's after each of its tokens}."""
-    return {seed: [loss - other for loss, other in zip(losses, ntp.losses[seed], strict=True)]
-            for seed, losses in curve.losses.items() if seed in ntp.losses}
+def gaps(curve, other):
+    """{seed: the row's loss minus the other's after each of its tokens}."""
+    return {seed: [loss - less for loss, less in zip(losses, other.losses[seed], strict=True)]
+            for seed, losses in curve.losses.items() if seed in other.losses}
 
 def saved(curve, ntp):
     """{seed: the share of tokens saved after each of its tokens, None where none are}."""
@@ -60,23 +65,40 @@ def concept_losses():
     logs = [read_log(path) for path in sorted(HERE.glob("gpt-*.jsonl"))]
     return {log[0]["seed"]: log[-1]["val_loss"] for log in logs}
 
+def eighths(curve):
+    """The places of eight evaluations, evenly spread, and their headings."""
+    n = len(curve.tokens)
+    shown = [round(i * n / 8) - 1 for i in range(1, 9)]
+    return shown, [f"{curve.tokens[i] / 1e6:.1f}M" for i in shown]
+
+def at_eighths(curve, other):
+    """The gaps of a row to another at eighths of training, as cells."""
+    values = list(gaps(curve, other).values())
+    return [curves.spread(seed[i] for seed in values) for i in eighths(curve)[0]]
+
 def table(found):
     """A row for each method: its gap to NTP at eighths of training, and where it passes."""
-    ntp, goals = found["NTP"], concept_losses()
-    tokens = ntp.tokens
-    shown = [tokens[round(i * len(tokens) / 8) - 1] for i in range(1, 9)]
-    rows = []
+    ntp, goals, rows = found["NTP"], concept_losses(), []
     for title, curve in found.items():
-        differences, cells = gaps(curve, ntp), []
-        for t in shown:
-            i = tokens.index(t)
-            cells.append("–" if title == "NTP" else
-                         curves.spread(values[i] for values in differences.values()))
-        passed = [crossing(tokens, losses, goals[seed]) for seed, losses in curve.losses.items()]
-        cells.append("never" if None in passed else curves.spread((t / 1e6 for t in passed), ".1f"))
+        cells = ["–"] * 8 if title == "NTP" else at_eighths(curve, ntp)
+        passed = [crossing(curve.tokens, losses, goals[seed])
+                  for seed, losses in curve.losses.items()]
+        text = "never"
+        if some := [t / 1e6 for t in passed if t is not None]:
+            text = curves.spread(some, ".1f")
+            text += f" ({len(some)} of {len(passed)} seeds)" * (len(some) < len(passed))
+        cells.append(text)
         rows.append([title, str(len(curve.losses)), *cells])
-    return curves.markdown(["run", "seeds", *(f"{t / 1e6:.1f}M" for t in shown),
+    return curves.markdown(["run", "seeds", *eighths(ntp)[1],
                             "passes its concept model at (M tokens)"], rows)
+
+def pairs_table(found):
+    """A row for each of PAIRS: the gap of the first row to the second at eighths of training."""
+    rows = [[one, other, str(len(gaps(found[one], found[other]))),
+             *at_eighths(found[one], found[other])]
+            for one, other in PAIRS if one in found and other in found
+            and gaps(found[one], found[other])]
+    return curves.markdown(["loss of", "minus that of", "seeds", *eighths(found["NTP"])[1]], rows)
 
 def draw(found):
     figure, axes = curves.new_figure(1, 2, 11, 4)
@@ -107,9 +129,10 @@ def draw(found):
 
 def main(_):
     found = read_curves()
-    text = table(found)
+    text, pairs = table(found), pairs_table(found)
     (HERE / "gaps.md").write_text(text + "\n")
-    print(f"{text}\ngaps: {draw(found)}")
+    (HERE / "pairs.md").write_text(pairs + "\n")
+    print(f"{text}\n\n{pairs}\ngaps: {draw(found)}")
 
 if __name__ == "__main__":
     run(main)

@@ -132,7 +132,7 @@ def evaluate_checkpoint(name, content, model, tasks, device, cfg, log=()):
         size = cfg.tokens, cfg.batch_size, cfg.dataset is not None
         with left_out("val loss", tasks):
             row |= evaluate(content, model, device, *size)
-        with left_out("official perplexity"):
+        with left_out("official perplexity", tasks):
             if cfg.official:
                 row["official_perplexity"] = official_perplexity(content, model, device, *size)
     if tasks:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from support import kernels, published
-from support.ablations import HiddenMixer, PauseMixer, check_model_config
+from support.ablations import INTERLEAVED, HiddenMixer, PauseMixer, check_model_config
 from support.checkpoint import load_weights
 from support.kernels import TopK, linear_cross_entropy, linear_topk, normalize, sparse_decode, topk
 
@@ -65,7 +65,7 @@ class ModelConfig:
     @property
     def interleaved(self):
         """Whether the upper blocks see two positions per token."""
-        return self.insert != "none" and self.mix not in ("add", "none")
+        return self.insert != "none" and self.mix in INTERLEAVED
 
     @property
     def insert_at(self):

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from support.kernels import normalize
 
 INSERTS = ("none", "concept", "hidden", "pause")
-MIXES = ("interleave", "interleave_residual", "add", "none")
+INTERLEAVED = ("interleave", "interleave_residual")  # mixes with two positions per token
+MIXES = (*INTERLEAVED, "add", "none")
 DISTANCES = ("l1", "l2", "cos")
 
 def check_model_config(c):

@@ -43,7 +43,14 @@ def find_checkpoint(run=None, out_dir=None):
     if (path.parent / "sae_ckpt.pt").is_file():
         raise UserError(f"{path.parent} is an SAE's folder; name the run of a model, such as "
                         "out/stdlib/cocomix")
-    raise UserError(f"no checkpoint at {path}; train it first: python train.py config/…")
+    raise UserError(f"no checkpoint at {path}; train it first: python train.py "
+                    f"{config_of(path.parent if path.suffix == '.pt' else path)}")
+
+def config_of(folder):
+    """The config file whose runs are in a folder, for messages."""
+    places = (file for file in sorted(Path("config").glob("*.py"))
+              if f'out_dir = "{folder}"\n' in file.read_text(errors="replace"))
+    return next(places, "config/…")
 
 def run_of(path):
     """A run as a person names it: the folder of its ckpt.pt, or another checkpoint's file."""

@@ -67,12 +67,20 @@ def parse(cls, argv, doc="", most=None, files=True):
         else:
             raise UserError(f"unexpected config file {arg}: this command takes a run")
     if most is not None and len(rest) > most:
-        raise UserError(f"unexpected argument {rest[most]!r}; keys are --key, config files FILE.py")
+        raise UserError(f"unexpected argument {rest[most]!r}; {_hint(rest[most], keys, files)}")
     values |= {name: tuple(value) if isinstance(value, list) else value
                for name, value in vars(given).items()}
     cfg = cls(**values)
     object.__setattr__(cfg, "given", set(values))  # the keys that do not have their default
     return cfg, rest
+
+def _hint(arg, keys, files):
+    """What an argument that is none may be meant for."""
+    if arg.partition("=")[0].replace("-", "_") in keys:
+        return f"write --{arg}"
+    if files and Path(f"{arg}.py").is_file():
+        return f"did you mean {arg}.py?"
+    return "keys are --key" + ", config files FILE.py" * bool(files)
 
 def _parser(keys, doc):
     parser = argparse.ArgumentParser(
@@ -114,9 +122,10 @@ def read_config_file(path):
     """The assignments of a config file as a dict. UserError: missing, or it raises."""
     path = Path(path)
     if not path.is_file():
-        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1)
-        raise UserError(f"no config file {path}" + "".join(
-            f"; did you mean {path.parent / name}?" for name in near))
+        files = [*path.parent.glob("*.py"), *Path("config").glob("*.py")]
+        near = get_close_matches(path.name, [file.name for file in files], 1)
+        hints = [f"; did you mean {file}?" for file in files if file.name in near]
+        raise UserError(f"no config file {path}" + "".join(hints[-1:]))
     with explain(f"config file {path} does not run", "correct it", (Exception, SystemExit)):
         names = runpy.run_path(str(path))
     return {name: value for name, value in names.items() if not name.startswith("_")

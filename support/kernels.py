@@ -158,6 +158,7 @@ def linear_cross_entropy(x, weight, targets, n_valid=None, teacher=None, kd_weig
 
     Rows of weight from n_valid on are padding and take no part. kl is for the log; its gradient is
     part of the loss's. Without a teacher kl is None. Chunked as in `linear_topk`."""
+    assert x.shape[:-1] == targets.shape, f"{x.shape[:-1]} positions for targets {targets.shape}"
     taught = (None, None) if teacher is None else (teacher.x.flatten(0, -2), teacher.weight)
     _, _, loss, kl = _Head.apply(
         x.flatten(0, -2), weight, None, targets.reshape(-1, 1), 0, n_valid or len(weight),

@@ -33,8 +33,9 @@ def label_file(concept_model, keys):
     """(train tokens, path of their label file, its header: everything the labels depend on, and the
     array's shape and dtype)."""
     c, n_concepts = concept_model, len(concept_model.sae.encoder)
-    how = {"attribution": f"_{c.attribution}_{c.sign}", "activation": ""}[c.select]  # all it uses
-    name = f"labels_{c.select}{how}_layer{c.layer}_k{c.attr_k}_block{keys.block_size}"
+    how = {"attribution": f"_{c.attribution}_{c.sign}", "activation": ""}  # all that it uses
+    assert c.select in how, f"select={c.select!r} is not in label_file of support/labels.py"
+    name = f"labels_{c.select}{how[c.select]}_layer{c.layer}_k{c.attr_k}_block{keys.block_size}"
     tokens = load_tokens(keys.dataset, "train")
     header = dict(name=name, **models_used(c), bf16=c.bf16, n_concepts=n_concepts,
                   dtype="<u2" if n_concepts <= 1 << 16 else "<u4", tokens=tokens_hash(tokens),

@@ -45,9 +45,12 @@ def read_model(name):
     weights, path = find_weights(name), Path(name)
     if weights is None:
         if not path.is_file() and not list(path.glob("*ckpt.pt")):
+            if name in ("resume", "scratch"):  # nanoGPT's
+                raise UserError(f"init_from={name!r}: --resume continues a run, and without "
+                                "init_from a run starts from scratch")
             raise UserError(f"no checkpoint at {path} and no {' or '.join(FILES)}; train it first: "
-                            "python train.py config/…, or name a folder of GPT-2 weights, or one "
-                            f"of {', '.join(HUB)} to download")
+                            f"python train.py {checkpoint.config_of(path)}, or name a folder of "
+                            f"GPT-2 weights, or one of {', '.join(HUB)} to download")
         return checkpoint.load_checkpoint(name, ("model_config", "model", "tokenizer_hash"))
     if path.is_dir() and (path / "ckpt.pt").is_file():
         raise UserError(f"{path} holds a run and other weights: name {path / 'ckpt.pt'} or "
@@ -180,7 +183,9 @@ def find_sae(name, layer):
         return fetch_sae(name, layer)
     path = Path(name) / "sae.pt" if Path(name).is_dir() else Path(name)
     if not path.is_file():
-        raise UserError(f"no SAE at {path}; train one (sae.py), or use --sae=openai for GPT-2")
+        config = checkpoint.config_of(path.parent if path.suffix == ".pt" else path)
+        raise UserError(f"no SAE at {path}; train one: python sae.py {config}, or use --sae=openai "
+                        "for GPT-2")
     return path
 
 def check_fits(sae, concept_model):

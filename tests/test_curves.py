@@ -126,3 +126,15 @@ def test_seconds_are_those_at_the_median_speed():
         dict(step=i, tokens=100 * i, tokens_per_s=s) for i, s in enumerate((10, 20, 90), 1)]
     log.append(dict(step=3, tokens=300, val_loss=2.0, seconds=99.0))
     assert curves.read_curves({"a": log})["a"].seconds == [15.0]
+
+@pytest.mark.parametrize("name", ["a$_$", "_base", "$x", "100%"])
+def test_names_of_any_kind_are_drawn(tmp_path, name, monkeypatch):
+    import matplotlib.figure
+    texts, save = [], matplotlib.figure.Figure.savefig
+
+    def savefig(figure, *args, **options):
+        texts.extend(t.get_text() for t in figure.axes[0].get_legend().get_texts())
+        save(figure, *args, **options)
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+    curves.plot(tmp_path / "x.png", curves.read_curves({name: log([3.0, 2.0])}))
+    assert [text.strip() for text in texts] == [name]

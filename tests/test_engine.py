@@ -124,3 +124,7 @@ def test_generation_with_the_cache_is_eight_times_as_fast():
         generate(model, idx, 256, top_k=200, use_cache=use_cache)
         seconds.append(time.perf_counter() - started)
     assert seconds[1] >= 8 * seconds[0], seconds
+
+def test_a_temperature_that_float32_has_not_is_greedy():
+    model, idx = tiny_gpt(torch.float32), torch.randint(61, (2, 5))
+    assert torch.equal(generate(model, idx, 6, 1e-50), generate(model, idx, 6, 0))

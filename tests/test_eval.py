@@ -292,3 +292,18 @@ def test_without_a_name_the_newest_run_is_used(tmp_path, monkeypatch):
         (tmp_path / "out" / name / "ckpt.pt").touch()
         os.utime(tmp_path / "out" / name / "ckpt.pt", (10_000 - age, 10_000 - age))
     assert find_checkpoint().parent.name == "b"
+
+def test_a_moved_dataset_is_still_the_runs_own(chain, dataset, tmp_path):
+    run_folder = shutil.copytree(chain["ntp"], tmp_path / "run")
+    moved = shutil.copytree(dataset, tmp_path / "moved")
+    for place in (moved, make_dataset(tmp_path / "other", seed=5)):
+        status, _, err = run(evaluation.main, run_folder, f"--dataset={place}", "--tokens=64")
+        assert status == 0, err
+    rows = read_log(run_folder / "eval.jsonl")
+    assert [row["dataset"] for row in rows[-2:]] == [None, str(tmp_path / "other")]
+
+def test_the_official_perplexity_alone_is_left_out(chain, folder):
+    status, out, err = run(evaluation.main, chain["ntp"], "--official", "--tokens=20",
+                           "--tasks=piqa", f"--eval_data={folder}", "--limit=1")
+    assert status == 0 and "left out: official perplexity" in out and "val loss" in out, err
+    assert "left out: val loss" not in out

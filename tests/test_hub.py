@@ -239,3 +239,16 @@ def test_killed_again_and_again_it_gives_the_same_files(tmp_path):
         assert process.wait() == -signal.SIGKILL
     subprocess.run(command, check=True, capture_output=True)
     assert written(again) == written(whole)
+
+def test_a_column_within_a_column_is_no_column(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    table = pyarrow.table(dict(meta=[dict(a="x", b="y")] * 40, tags=[["t"]] * 40, text=["z"] * 40))
+    pyarrow.parquet.write_table(table, tmp_path / "train-0.parquet")
+    status, _, err = prepare(tmp_path, tmp_path / "out", "--num_docs=40", "--field=a")
+    assert status == 1 and "no column 'a', only meta, tags, text; name one" in err
+    assert prepare(tmp_path, tmp_path / "out", "--num_docs=40")[0] == 0
+
+def test_more_documents_than_there_are(small, tmp_path):
+    status, _, err = prepare(small, tmp_path / "out", "--num_docs=301")
+    assert status == 1 and "has only 300 documents; use them with --num_docs=300" in err

@@ -192,3 +192,8 @@ def test_in_bfloat16_all_chunks_add_to_the_weights_gradient(monkeypatch):
         loss, _ = linear_cross_entropy(x, w, y, 50)
     for ours, plain in zip(torch.autograd.grad(loss, (x, w)), expected, strict=True):
         assert (ours - plain).norm() < 0.03 * plain.norm()
+
+def test_positions_without_targets_are_an_error():
+    x, weight = torch.randn(2, 6, 4), torch.randn(9, 4)
+    with pytest.raises(AssertionError, match="positions for targets"):
+        linear_cross_entropy(x, weight, torch.zeros(2, 12, dtype=torch.long))

@@ -195,6 +195,10 @@ TRAIN = {  # what is wrong: (arguments, what the line must say)
     "starting from another tokenizer":
         ("--dataset={bad}/other --init_from={chain}/gpt", "another tokenizer than the dataset"),
     "starting from nowhere": ("{data} --init_from={bad}/nowhere", "no checkpoint at", "gpt2"),
+    "nanoGPT's init_from": ("{data} --init_from=resume", "--resume continues a run", "scratch"),
+    "a key without dashes": ("{data} max_iters=2", "write --max_iters=2"),
+    "a config without its suffix": ("config/stdlib_ntp", "did you mean config/stdlib_ntp.py?"),
+    "a config without its folder": ("stdlib_ntp.py", "did you mean config/stdlib_ntp.py?"),
     "a seed too large": ("--seed=99999999999999999999", "seed=", "4294967295"),
     "meta.json that is a list":
         ("--dataset={bad}/list", "meta.json is damaged", "prepare the dataset again"),

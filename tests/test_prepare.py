@@ -494,3 +494,12 @@ def test_memory_use_does_not_grow_with_the_input(tmp_path, kind, end):
                              text=True, check=True).stdout
         peaks.append(int(out.rsplit("peak", 1)[1]))
     assert peaks[1] < 1.15 * peaks[0]
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le"])
+def test_other_encodings_are_refused_with_a_remedy(tmp_path, encoding):
+    path = tmp_path / "a.txt"
+    path.write_text("größer " * 100, encoding=encoding)
+    path.with_name("b.txt").write_text("other " * 100)
+    status, _, err = prepare_text(tmp_path, f"--input={path}", f"--val={tmp_path / 'b.txt'}",
+                                  "--tokenizer=stdlib")
+    assert status == 1 and "is not UTF-8 text" in err and f"iconv -f LATIN1 -t UTF-8 {path}" in err

@@ -12,6 +12,7 @@ import sae
 import sample
 import train
 from support.bpe import save_bpe
+from support.checkpoint import config_of
 from support.tokens import tokens_hash
 
 evaluation = __import__("eval")
@@ -229,3 +230,8 @@ def test_tokens_hash_sees_every_token_of_a_small_split():
         changed[i] += 1
         assert tokens_hash(changed) != before
     assert tokens_hash(tokens[:-1]) != before
+
+def test_the_config_of_a_folder_is_named(monkeypatch):
+    monkeypatch.chdir(Path(train.__file__).parent)
+    assert config_of(Path("out/stdlib/gpt")) == Path("config/stdlib_gpt.py")
+    assert config_of(Path("out/stdlib")) == "config/…"

@@ -149,3 +149,12 @@ def test_a_wrong_command_is_noticed(command, problem):
     name, *argv = command.split()
     with pytest.raises(Exception, match=problem):
         check_command(name, argv, set(DEMO))
+
+def test_the_five_steps_are_a_list():
+    text = (ROOT / "README.md").read_text()
+    assert [int(n) for n in re.findall(r"^(\d)\. \*\*", text, re.MULTILINE)] == [1, 2, 3, 4, 5]
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_list_is_wrapped_into_a_paragraph(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert not re.findall(r"[.:] (?:[2-9]\. |- )\*\*", text)

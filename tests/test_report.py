@@ -11,12 +11,13 @@ import torch
 from conftest import run
 
 import concepts
+import sample
 from model import load_model
 from support import report
 from support.checkpoint import load_checkpoint
-from support.concept_index import describe, index_of_run, used
+from support.concept_index import AFTER, BEFORE, describe, index_of_run, used
 from support.report import write_report
-from support.tokens import Batches, load_tokenizer, tokens_of_run
+from support.tokens import Batches, load_tokenizer, tokenizer_of_run, tokens_of_run
 
 CPU = torch.device("cpu")
 
@@ -157,3 +158,37 @@ def test_the_report_opens_in_a_browser_from_disk(cocomix, where, needed, tmp_pat
          "--virtual-time-budget=3000", "--dump-dom", url],
         capture_output=True, text=True, timeout=60).stdout
     assert needed in page.partition("</main>")[0]
+
+@pytest.mark.parametrize("keys", [["--find=None"], ["--find=none", "--top=3"]])
+def test_every_word_can_be_searched_for(cocomix, keys):
+    status, _, err = run(concepts.main, cocomix[0], *keys, "--device=cpu")
+    assert status == 1 and keys[0][2:].replace("=", "='") in err  # this text has no such word
+
+def test_a_kept_checkpoint_has_an_index_and_a_report_of_its_own(cocomix, tmp_path):
+    folder = shutil.copytree(cocomix[0], tmp_path / "run",
+                             ignore=shutil.ignore_patterns("concepts.*"))
+    shutil.copy(folder / "ckpt.pt", folder / "step_8.pt")
+    status, out, err = run(concepts.main, folder / "step_8.pt", "--tokens=1000", "--device=cpu")
+    assert status == 0 and (folder / "concepts-step_8.pt").is_file(), err
+    assert f"sample.py {folder}/step_8.pt" in (folder / "concepts-step_8.html").read_text()
+    assert not (folder / "concepts.pt").exists() and not (folder / "concepts.html").exists()
+    status, out, err = run(sample.main, folder / "step_8.pt", "--inspect", "--max_new_tokens=1",
+                           "--device=cpu")
+    assert status == 0 and "building" not in out, err
+
+def test_parts_of_characters_are_told_apart(cocomix):
+    tokenizer, index = tokenizer_of_run(cocomix[1]), cocomix[4]
+    text = "数据模型".encode()  # the tokenizer's tokens are bytes
+    window = [-1] * (BEFORE - 7) + list(text[2:9]) + list(text[9:12]) + [97] * (AFTER - 2)
+    index = index._replace(
+        contexts=torch.tensor(window).expand(48, 6, -1), next_tokens=torch.tensor(
+            [list(text[:3]) + [-1] * (index.next_tokens.shape[1] - 3)]).expand(48, -1))
+    entry = describe(index, 5, tokenizer)
+    before, mark, after, _ = entry["contexts"][0]
+    assert (before, mark, after) == ("据模", "\\xe5", "型" + "a" * (AFTER - 2))
+    assert [token for token, *_ in entry["next"]] == ["\\xe6", "\\x95", "\\xb0"]
+    assert index.name(5, tokenizer) == r"'\xe6' '\x95' '\xb0'"
+
+def test_words_and_weights_exclude_each_other(cocomix):
+    status, _, err = run(concepts.main, cocomix[0], "--find=a", "--weights")
+    assert status == 1 and "--weights and --find exclude each other" in err

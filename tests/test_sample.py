@@ -259,3 +259,22 @@ def test_reading_and_steering_run_on_a_gpu(cocomix, tmp_path):
     status, _, err = run(sample.main, tmp_path, "--device=cuda", "--steer", "--inspect",
                          "--max_new_tokens=8")
     assert status == 0, err
+
+@pytest.mark.parametrize("argv, message", [
+    (["--steer=None", "--steer_sweep"], "steer='None': no concept matches"),
+    (["--steer", "error", "--steer_sweep"], "no run error; a concept to sweep needs =, as in "
+                                            "--steer=error"),
+    (["17", "--steer_sweep"], "as in --steer=17"),
+    (["again"], "unexpected argument 'again'")])
+def test_what_cannot_be_steered_is_named(cocomix, argv, message):
+    status, _, err = run(sample.main, cocomix[0], *argv, "--device=cpu")
+    assert status == 1 and message in err, err
+
+def test_titles_are_as_wide_as_the_screen(cocomix, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sample, "plan", lambda *_: {"模型": {}, "b": {3: 2.0}})
+    status, out, err = run(sample.main, cocomix[0], "--steer=3:2", "--model=run", "--device=cpu",
+                           "--max_new_tokens=1")
+    titles = [line for line in out.splitlines() if line.startswith("── ")]
+    assert status == 0 and len(titles) == 2, err
+    assert [sample.width_of(title) for title in titles] == [60, 60]

@@ -260,3 +260,20 @@ def test_the_page_in_a_browser(served, tmp_path):
         for width in (390, 1200):
             browser.resize(width, 800)
             assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+
+def test_a_page_of_an_earlier_start_is_told_to_reload(served):
+    server, playground = served
+    session = json.loads(ask(server, "GET", "/info")[1])["session"]
+    assert play(server, session=session)
+    status, text = ask(server, "POST", "/generate", BODY | dict(session="another"))
+    assert status == 400 and "reload this page" in text
+
+def test_a_closed_pipe_ends_the_server(served, monkeypatch):
+    server = serve.Server(0)
+
+    def fail(*_, **__):
+        raise BrokenPipeError
+    monkeypatch.setattr("builtins.print", fail)
+    with pytest.raises(BrokenPipeError):
+        server.run(served[1])
+    assert server.closing

@@ -86,6 +86,14 @@ def test_the_table_has_the_geometric_mean_over_concepts(monkeypatch):
     # of the logs: standard deviation log(4)/√2, over √2
     assert steered["gain_error"] == pytest.approx(2 * math.log(4) / 2)
 
+def test_one_concept_has_no_standard_error(tmp_path):
+    rows = [dict(model="a", concept=1, factor=factor, next_tokens=n, tokens=99, loss=2.0 + n / 100)
+            for factor, n in ((1.0, 3), (4.0, 7))]
+    summary = steering.steering_summary(rows)
+    assert [row["gain_error"] for row in summary] == [None, None]
+    assert summary[1]["gain"] == pytest.approx(2)
+    steering.plot_steering(tmp_path / "x.png", summary)
+
 def test_a_concept_model_with_a_mixer_of_its_own_is_left_out(cocomix, monkeypatch):
     for name, value in dict(PROMPTS=1, NEW_TOKENS=2, LOSS_TOKENS=32, FACTORS=(1.0, 2.0)).items():
         monkeypatch.setattr(steering, name, value)

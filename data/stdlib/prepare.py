@@ -3,7 +3,7 @@
     python data/stdlib/prepare.py              # writes train.bin, val.bin, meta.json next to it
     python data/stdlib/prepare.py --train_bpe  # with a tokenizer trained on the train split
 
-About 12 MB of source, without tests and generated files. A fixed list of modules is held out. The
+About 10 MB of source, without tests and generated files. A fixed list of modules is held out. The
 library differs slightly between builds: results are comparable only if the hash of the files in
 meta.json is the same.
 """

@@ -21,7 +21,7 @@ import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from json.decoder import scanstring
 from pathlib import Path
 
@@ -152,16 +152,12 @@ def pieces(path, field="text"):
 def stream(files, field, held_out=None):
     """The pieces of all files. held_out=True: only each 20th, False: the others. A document that a
     held-out piece interrupts ends there."""
-    n, texts = 0, chain.from_iterable(pieces(path, field) for path in files)
+    texts = chain.from_iterable(pieces(path, field) for path in files)
     for n, (text, ends) in enumerate(texts, 1):
         if held_out is None:
             yield text, ends
         elif held_out == (n % 20 == 0):
             yield text, ends or held_out or n % 20 == 19
-    if held_out and n < 20:
-        raise UserError(f"the input is too short to hold out each 20th document: it has {n}, a "
-                        f"long one counting as one per {PIECE:,} characters; add text, or name "
-                        "held-out files with --val")
 
 def head(texts, chars):
     """The first `chars` characters of a stream, in pieces."""
@@ -171,17 +167,29 @@ def head(texts, chars):
         if chars <= 0:
             break
 
-def get_tokenizer(cfg, texts):
-    """(name, tokenizer) of the key `tokenizer`; bpe:SIZE trains one on the texts and saves it."""
+def check_length(texts):
+    """UserError if every 20th document of a stream cannot be held out, as it has fewer."""
+    n = sum(1 for _ in islice(texts, 20))
+    if n < 20:
+        raise UserError(f"the input is too short to hold out each 20th document: it has {n}, a "
+                        f"long one counting as one per {PIECE:,} characters; add text, or name "
+                        "held-out files with --val")
+
+def get_tokenizer(cfg, inputs):
+    """(name, tokenizer) of the key `tokenizer`; bpe:SIZE trains one on the inputs and saves it."""
     kind, _, size = cfg.tokenizer.partition(":")
-    if kind != "bpe":
-        return cfg.tokenizer, load_tokenizer(cfg.tokenizer)
-    if not size.isdecimal() or not 257 <= int(size) <= 65536:
+    found = (cfg.tokenizer, load_tokenizer(cfg.tokenizer)) if kind != "bpe" else None
+    if not found and (not size.isdecimal() or not 257 <= int(size) <= 65536):
         raise UserError(f"tokenizer={cfg.tokenizer!r}: expected bpe:SIZE, SIZE from 257 to 65536")
-    return bpe_tokenizer(head(texts, cfg.bpe_chars), int(size), cfg.out)
+    if not cfg.val:  # before the work
+        check_length(stream(inputs, cfg.field))
+    texts = stream(inputs, cfg.field)
+    return found or bpe_tokenizer(head(texts, cfg.bpe_chars), int(size), cfg.out)
 
 def main(argv):
-    cfg, _ = parse(Config, argv, __doc__, most=0, files=False)
+    cfg, rest = parse(Config, argv, __doc__, files=False)
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}: write --input {rest[0]}")
     if not cfg.input:
         raise UserError(f"--input FILES is needed: {KINDS}, or a folder")
     inputs, val = files_in(cfg.input), files_in(cfg.val)
@@ -197,7 +205,7 @@ def main(argv):
                   val=stream(val or inputs, cfg.field, None if val else True))
     with locked(cfg.out):
         if cfg.force or not already_prepared(cfg.out, dict(asked=asked)):
-            tokenizer = get_tokenizer(cfg, stream(inputs, cfg.field))
+            tokenizer = get_tokenizer(cfg, inputs)
             write_dataset(cfg.out, splits, *tokenizer, asked=asked)
 
 if __name__ == "__main__":

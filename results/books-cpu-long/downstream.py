@@ -101,7 +101,6 @@ COLUMNS = {  # key: (heading, format)
     "last_word/acc": ("last word acc", "{:.1%}"),
     "last_word/choice": ("last word of 4", "{:.1%}"),
     "lambada_openai/perplexity": ("LAMBADA ppl", "{:.0f}"),
-    "lambada_openai/acc": ("LAMBADA acc", "{:.1%}"),
     "wikitext/word_perplexity": ("WikiText word ppl", "{:.0f}")}
 
 def versus_ntp(row, rows):

@@ -121,7 +121,9 @@ def draw(found):
         axis.set_xlabel("training tokens")
         curves.count_axis(axis)
     axes[0].set_ylabel("validation loss minus NTP's (nats)")
-    axes[0].set_ylim(-0.5, 0.2)
+    late = [loss for curve in found.values() for values in gaps(curve, ntp).values()
+            for t, loss in zip(curve.tokens, values, strict=True) if t > 1e6]
+    axes[0].set_ylim(min(late) - 0.05, max(late) + 0.05)
     axes[1].set_ylabel("tokens saved to reach NTP's loss")
     axes[1].yaxis.set_major_formatter("{x:.0%}")
     axes[0].legend(frameon=False, fontsize=8)

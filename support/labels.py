@@ -8,6 +8,7 @@ config with keys dataset and block_size.
 import json
 import math
 import os
+from contextlib import suppress
 
 from support.runtime import UserError, progress
 
@@ -45,10 +46,8 @@ def label_file(concept_model, keys):
 def read_header(path):
     """The header of a label file; None if it has none."""
     with open(path, "rb") as file:
-        try:
-            return json.loads(file.read(HEADER))
-        except ValueError:
-            return None
+        with suppress(TypeError, ValueError):
+            return dict(**json.loads(file.read(HEADER)))
 
 def bytes_per_block(header):
     return math.prod(header["shape"][1:]) * np.dtype(header["dtype"]).itemsize
@@ -117,10 +116,11 @@ def write_labels(concept_model, keys, vocab_size, device):
 
     try:
         if part.is_file() and part.stat().st_size > HEADER:
-            if other := others(read_header(part), header):
+            found = read_header(part)
+            if other := others(found, header):
                 raise UserError(f"{part} holds unfinished labels of another {other}: finish them, "
                                 "or remove it")
-            done = intact_blocks(part, header, labels_of) if read_header(part) == header else 0
+            done = intact_blocks(part, header, labels_of) if found else 0
         first = done * block_size
         with (open(part, "r+b" if done else "wb") as file,
               progress(total, "labels", "tok", initial=first, unit_scale=True) as bar):

@@ -34,7 +34,8 @@ PAIRS = (("CoCoMix, tuned", "tuned, nothing mixed in"), ("CoCoMix, tuned", "KD, 
 def read_curves():
     """{row: Curve} of the finished runs, NTP first."""
     logs = {path.stem: read_log(path) for path in HERE.glob("*-*.jsonl")}
-    logs = {name: log for name, log in logs.items() if log[-1].get("step") == log[0]["max_iters"]}
+    logs = {name: log for name, log in logs.items()
+            if log[-1].get("step") == log[0].get("max_iters")}
     found = curves.read_curves({name: log for name, log in logs.items()
                                 if name.rpartition("-")[0] in ROWS})
     return {title: found[name] for name, title in ROWS.items() if name in found}

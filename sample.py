@@ -218,7 +218,7 @@ def read_prompt(start, tokenizer):
             start = Path(start[5:]).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as e:
             raise UserError(f"{start[5:]} is not UTF-8 text (byte {e.start}); convert it: iconv -f "
-                            f"LATIN1 -t UTF-8 {start[5:]}") from e
+                            f"ENCODING -t UTF-8 {start[5:]}") from e
     return encode_text(tokenizer, start, special=True) or [tokenizer.eot_token]
 
 def load_models(cfg, content, model, load_concept_model):

@@ -168,10 +168,10 @@ def prepare(argv, doc, script, name, documents):
             return
         tokenizer, files = load_tokenizer(cfg.tokenizer), parquet_files(source, cfg)
         n = sum(file.rows for file in files)
-        if n < (cfg.num_docs or 0):
-            raise UserError(f"{source} has only {n:,} documents; use them with --num_docs={n}")
         if n <= 20:
             raise UserError(f"{source} has only {n} documents: 20 are held out; use more")
+        if n < (cfg.num_docs or 0):
+            raise UserError(f"{source} has only {n:,} documents; use them with --num_docs={n}")
         if cfg.num_docs is None and n != documents:
             raise UserError(f"{source} has {n:,} documents in {len(files)} files instead of "
                             f"{documents:,}; use these anyway with --num_docs={n}")

@@ -143,7 +143,7 @@ def pieces(path, field="text"):
             yield from cut(jsonl_texts(file, path, field) if is_jsonl else txt_texts(file))
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text (byte {e.object[e.start]:#04x}); convert it: "
-                        f"iconv -f LATIN1 -t UTF-8 {path}") from e
+                        f"iconv -f ENCODING -t UTF-8 {path}") from e
     except (EOFError, lzma.LZMAError, OSError, zlib.error) as e:
         if isinstance(e, OSError) and e.filename:
             raise

@@ -261,8 +261,10 @@ def plot(path, curves, panels=None):
     Returns the paths written."""
     panels = {title: found for title, names in (panels or {}).items()
               if (found := [name for name in names if name in curves])} or {"": list(curves)}
-    height = 4 if len(panels) == 1 else 3 * len(panels)
-    figure, rows = new_figure(len(panels), 3, 13, height, sharey="row", squeeze=False)
+    size, place = (13, 4), {}
+    if len(panels) > 1:  # the legend beside the last panel of a row
+        size, place = (15, 3 * len(panels)), dict(loc="upper left", bbox_to_anchor=(1, 1))
+    figure, rows = new_figure(len(panels), 3, *size, sharey="row", squeeze=False)
     for (title, names), axes in zip(panels.items(), rows, strict=True):
         late = []  # losses that have to be visible
         for name in names:
@@ -274,7 +276,7 @@ def plot(path, curves, panels=None):
             count_axis(axis)
         axes[0].set_ylabel("validation loss (nats per token)")
         axes[0].set_title(title, loc="left", fontsize=10)
-        axes[0].legend(frameon=False, fontsize=7 if len(names) > 6 else None)
+        axes[-1 if place else 0].legend(frameon=False, **place)
     return save_figure(figure, path)
 
 def draw_curve(axes, name, curve):

@@ -54,6 +54,7 @@ def load_tokenizer(name, folder=None):
         raise UserError(f"no tokenizer {name!r}: {remedy}")
     return read_tokenizer(found, found.read_bytes())
 
+@lru_cache(4)  # building one takes a tenth of a second
 def read_tokenizer(name, content):
     """A tiktoken.Encoding from the content of a .tiktoken file."""
     try:

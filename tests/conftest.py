@@ -1,5 +1,6 @@
 """Small datasets, models and runs that the tests share, built here without any download."""
 import contextlib
+import gc
 import io
 import os
 import sys
@@ -38,6 +39,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.filterwarnings("default"))
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+def pytest_collection_finish():
+    gc.freeze()  # otherwise each tiny run searches all of torch for garbage
 
 @pytest.fixture(autouse=True)
 def _seed():

@@ -57,8 +57,8 @@ panels = {
     "what mixing in earns": ["NTP", "tuned, nothing mixed in", "CoCoMix, tuned"],
     "the first half only": ["NTP", "KD, weight 1", "KD, weight 1, half", "CoCoMix, tuned",
                             "tuned, half"],
-    "learning rates": ["NTP, rate 2e-3", "NTP", "NTP, rate 8e-3", "tuned, rate 2e-3",
-                       "CoCoMix, tuned", "tuned, rate 8e-3"],
+    "learning rates": ["NTP", "NTP, rate 2e-3", "NTP, rate 8e-3", "CoCoMix, tuned",
+                       "tuned, rate 2e-3", "tuned, rate 8e-3"],
 }
 claims = {
     "CoCoMix under NTP": ("CoCoMix", "NTP"),

@@ -2,15 +2,17 @@
 
     python results/books-cpu-long/gaps.py
 
-Reads the logs in this folder and writes gaps.md, gaps.png, gaps.svg and pairs.md. After T tokens,
-with the same seed, batches and learning rates:
+Reads the logs in this folder and writes gaps.md, gaps.png, gaps.svg, pairs.md and costs.md. After T
+tokens, with the same seed, batches and learning rates:
 
     gap           a row's validation loss minus NTP's, in nats; pairs.md: minus another row's
     tokens saved  1 - t/T, where t is how many tokens the row needed for NTP's loss after T tokens
 
 A student passes its concept model at the first evaluation from which on its validation loss is
-below that of the finished concept model, on the same validation tokens.
+below that of the finished concept model, on the same validation tokens. costs.md: FLOPs relative to
+those of NTP's whole training, with labels and teacher as long as the concept model was asked.
 """
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -31,14 +33,22 @@ PAIRS = (("CoCoMix, tuned", "tuned, nothing mixed in"), ("CoCoMix, tuned", "KD, 
          ("tuned, half", "CoCoMix, tuned"), ("KD, weight 1, half", "KD, weight 1"),
          ("tuned, half", "KD, weight 1, half"))
 
-def read_curves():
-    """{row: Curve} of the finished runs, NTP first."""
+def read_rows():
+    """{row: Curve} and {row: the first line of a log} of the finished runs, NTP first."""
     logs = {path.stem: read_log(path) for path in HERE.glob("*-*.jsonl")}
     logs = {name: log for name, log in logs.items()
-            if log[-1].get("step") == log[0].get("max_iters")}
-    found = curves.read_curves({name: log for name, log in logs.items()
-                                if name.rpartition("-")[0] in ROWS})
-    return {title: found[name] for name, title in ROWS.items() if name in found}
+            if name.rpartition("-")[0] in ROWS and log[-1].get("step") == log[0]["max_iters"]}
+    found = curves.read_curves(logs)
+    heads = {name.rpartition("-")[0]: log[0] for name, log in logs.items()}
+    return ({title: found[name] for name, title in ROWS.items() if name in found},
+            {title: heads[name] for name, title in ROWS.items() if name in heads})
+
+def flops(head, share):
+    """The FLOPs of the first `share` of a training, divided by the tokens of all of it. head: the
+    first line of its log."""
+    until = re.search(r"--until=(\d+)", head["command"])  # of schedule.py
+    asked = min(share, int(until[1]) / head["max_iters"]) if until else share
+    return share * head["flops_per_token"] + asked * head["concept_flops_per_token"]
 
 def gaps(curve, other):
     """{seed: the row's loss minus the other's after each of its tokens}."""
@@ -88,10 +98,28 @@ def table(found):
         if some := [t / 1e6 for t in passed if t is not None]:
             text = curves.spread(some, ".1f")
             text += f" ({len(some)} of {len(passed)} seeds)" * (len(some) < len(passed))
-        cells.append(text)
-        rows.append([title, str(len(curve.losses)), *cells])
+        rows.append([title, str(len(curve.losses)), *cells, text])
     return curves.markdown(["run", "seeds", *eighths(ntp)[1],
                             "passes its concept model at (M tokens)"], rows)
+
+def costs_table(found, heads):
+    """A row for each method: what it costs, and tokens and FLOPs for NTP's final loss."""
+    ntp, rows = found["NTP"], []
+    ntp_flops = flops(heads["NTP"], 1)
+    for title, curve in found.items():
+        ends = {seed: ntp.losses[seed][-1] for seed in curve.losses if seed in ntp.losses}
+        needed = [curves.tokens_to_reach(curve.tokens, curve.losses[seed], goal)
+                  for seed, goal in ends.items()]
+        cells = ["–", "–"]
+        if None not in needed:
+            shares = [tokens / curve.tokens[-1] for tokens in needed]
+            cells = [curves.spread(shares, ".1%"),
+                     curves.spread((flops(heads[title], share) / ntp_flops for share in shares),
+                                   ".1%")]
+        rows.append([title, str(len(curve.losses)),
+                     f"{flops(heads[title], 1) / ntp_flops:.1%}", *cells])
+    return curves.markdown(["run", "seeds", "FLOPs", "tokens for NTP's final loss",
+                            "FLOPs for NTP's final loss"], rows)
 
 def pairs_table(found):
     """A row for each of PAIRS: the gap of the first row to the second at eighths of training."""
@@ -131,11 +159,12 @@ def draw(found):
     return curves.save_figure(figure, HERE / "gaps")
 
 def main(_):
-    found = read_curves()
-    text, pairs = table(found), pairs_table(found)
-    (HERE / "gaps.md").write_text(text + "\n")
-    (HERE / "pairs.md").write_text(pairs + "\n")
-    print(f"{text}\n\n{pairs}\ngaps: {draw(found)}")
+    found, heads = read_rows()
+    texts = dict(gaps=table(found), pairs=pairs_table(found), costs=costs_table(found, heads))
+    for name, text in texts.items():
+        (HERE / f"{name}.md").write_text(text + "\n")
+        print(f"{text}\n")
+    print(f"gaps: {draw(found)}")
 
 if __name__ == "__main__":
     run(main)

@@ -16,9 +16,15 @@ from support import cli, curves
 from support.log import read_log
 
 ROOT = Path(train.__file__).resolve().parent
-spec = importlib.util.spec_from_file_location("results_run", ROOT / "results" / "run.py")
-experiment = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(experiment)
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(f"results_{Path(path).stem}",
+                                                  ROOT / "results" / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+experiment = load("run.py")
 
 def write_log(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -231,3 +237,60 @@ def test_rows_that_run_once_have_the_first_seed_and_come_last():
     assert [(job.row, job.seed) for job in jobs] == [("b", 1), ("b", 2), ("a", 1)]
     assert jobs[1].command == "train.py --x=2 --y=out/gpt-2 --seed=2 --out_dir=out/b-2"
     assert len({job.before for job in jobs}) == 2
+
+# -- results/books-cpu-long ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method, term", [("kd", "kl"), ("cocomix", "concept_loss")])
+def test_a_scheduled_run_asks_its_concept_model_in_the_first_steps_only(chain, dataset, tmp_path,
+                                                                        monkeypatch, method, term):
+    for name in ("Config", "accumulate"):  # schedule.py replaces them
+        monkeypatch.setattr(train, name, getattr(train, name))
+    argv = [*TINY, f"--dataset={dataset}", f"--method={method}",
+            f"--concept_model={chain['gpt']}", f"--sae={chain['sae']}"]
+    assert run(train.main, *argv, f"--out_dir={tmp_path / 'all'}")[0] == 0
+    load("books-cpu-long/schedule.py")
+    assert run(train.main, *argv, f"--out_dir={tmp_path / 'half'}", "--until=4")[0] == 0
+    through, half = ({line["step"]: line for line in read_log(tmp_path / name / "log.jsonl")
+                      if "loss" in line} for name in ("all", "half"))
+    assert [step for step, line in half.items() if term in line] == [1, 2, 3, 4]
+    assert list(through) == list(half) == list(range(1, 9))
+    # the losses of step 5 are those of the weights that step 4 left
+    equal = [through[step]["loss"] == half[step]["loss"] for step in through]
+    assert equal[:5] == [True] * 5 and not any(equal[5:])
+
+def test_leads_crossings_and_costs_are_counted_as_defined(tmp_path, monkeypatch):
+    gaps = load("books-cpu-long/gaps.py")
+    monkeypatch.setattr(gaps, "HERE", tmp_path)
+
+    def write(name, seed, losses, command="train.py", **flops):
+        start = dict(flops_per_token=100, concept_flops_per_token=0, max_iters=8, step=0,
+                     seed=seed, command=command) | flops
+        write_log(tmp_path / f"{name}-{seed}.jsonl", [start] + [
+            dict(step=i, tokens=1_000_000 * i, val_loss=loss, seconds=float(i))
+            for i, loss in enumerate(losses, 1)])
+    for seed in (1, 2):
+        write("gpt", seed, [5.0, 4.5])
+        write("ntp", seed, [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0])
+    write("kd", 1, [9.0, 7.5, 6.5, 5.5, 4.5, 3.5, 2.5, 1.5], concept_flops_per_token=50)
+    write("kd", 2, [9.0, 7.5, 6.5, 5.5, 4.25, 3.25, 2.0, 1.0], concept_flops_per_token=50)
+    write("tuned_half", 1, [9.0, 7.5, 6.5, 5.5, 4.4, 4.6, 3.0, 1.0], "schedule.py --until=4",
+          concept_flops_per_token=50)
+    write("cocomix", 1, [8.0, 7.0])  # not finished
+    assert run(gaps.main)[0] == 0
+    found = {name: [[cell.strip() for cell in line.strip("|").split("|")]
+                    for line in (tmp_path / f"{name}.md").read_text().splitlines()[2:]]
+             for name in ("gaps", "costs", "pairs")}
+    ntp, kd, half = found["gaps"]
+    assert [row[:2] for row in found["gaps"]] == [["NTP", "2"], ["KD", "2"], ["tuned, half", "1"]]
+    assert ntp[-1] == "6.0 ± 0.0" and half[2:] == ["0.000", *["-0.500"] * 3, "-0.600", "0.600",
+                                                   "0.000", "-1.000", "7.0"]
+    assert kd[-2:] == ["-0.750 ± 0.250", "5.5 ± 0.5"]
+    # to NTP's last 2.0: 7.5 of 8 steps, and 7; half: 7.5, of which 4 ask the concept model
+    assert found["costs"] == [
+        ["NTP", "2", "100.0%", "100.0% ± 0.0%", "100.0% ± 0.0%"],
+        ["KD", "2", "150.0%", "90.6% ± 3.1%", "135.9% ± 4.7%"],
+        ["tuned, half", "1", "125.0%", "93.8%", "118.8%"]]
+    assert not found["pairs"]
+    shares = gaps.saved(gaps.read_rows()[0]["KD"], gaps.read_rows()[0]["NTP"])
+    assert shares[1][1] == pytest.approx(1 - (100 + 100 * 1 / 1.5) / 200)
+    assert (tmp_path / "gaps.png").is_file() and (tmp_path / "gaps.svg").is_file()

@@ -3,7 +3,7 @@
     python results/books-cpu-long/downstream.py out/books-cpu-long/*-1337
 
 Adds a line per run to downstream.jsonl, or replaces it where the run's weights are other ones, and
-writes downstream.md:
+writes downstream.md. A run whose folder is gone keeps its line.
 
     held-out     nats per token on the validation split, 592,083 tokens of 40 held-out books
     books        word perplexity, and the perplexity of a held-out passage's last word, greedy
@@ -132,6 +132,8 @@ def main(argv):
     rows = {row["run"]: row for row in read_log(path)} if path.is_file() else {}
     docs = None
     for folder in map(Path, runs):
+        if folder.name in rows and not folder.is_dir():
+            continue  # its row is kept
         content = load_checkpoint(find_checkpoint(folder), RUN)
         model, tokenizer = load_model(content, device), tokenizer_of_run(content)
         if rows.get(folder.name, {}).get("model_hash") == model_hash(model):

@@ -76,12 +76,12 @@ claims = {
     "tuned: with KD of weight 1 under KD of weight 1": ("tuned + KD, weight 1", "KD, weight 1"),
     "tuned: with KD of weight 1 under without": ("tuned + KD, weight 1", "CoCoMix, tuned"),
 }
+seeds = (1337, 1)
 after = {
     "gaps.txt": "results/books-cpu-long/gaps.py",
     "downstream.txt": "results/books-cpu-long/downstream.py " + " ".join(
-        f"{out}/{row}-1337" for row in ("gpt", "ntp", "cocomix_tuned", "kd_weight_1",
-                                        "tuned_nothing_mixed_in", "tuned_kd_weight_1", "kd",
-                                        "cocomix")),
+        f"{out}/{row}-{seed}" for seed in seeds for row in (
+            "gpt", "ntp", "cocomix_tuned", "kd_weight_1", "tuned_nothing_mixed_in",
+            "tuned_kd_weight_1", "kd", "cocomix", "kd_weight_1_half", "tuned_half")),
 }
-seeds = (1337, 1)
 at_once = 2  # runs side by side, one thread each

@@ -28,10 +28,10 @@ ROWS = {"ntp": "NTP", "kd": "KD", "kd_weight_1": "KD, weight 1", "cocomix": "CoC
         "cocomix_tuned": "CoCoMix, tuned", "tuned_nothing_mixed_in": "tuned, nothing mixed in",
         "tuned_kd_weight_1": "tuned + KD, weight 1", "tuned_half": "tuned, half",
         "kd_weight_1_half": "KD, weight 1, half"}
+HALF = {"tuned, half": "CoCoMix, tuned", "KD, weight 1, half": "KD, weight 1"}  # of which row
 PAIRS = (("CoCoMix, tuned", "tuned, nothing mixed in"), ("CoCoMix, tuned", "KD, weight 1"),
          ("tuned + KD, weight 1", "KD, weight 1"), ("CoCoMix", "KD"),
-         ("tuned, half", "CoCoMix, tuned"), ("KD, weight 1, half", "KD, weight 1"),
-         ("tuned, half", "KD, weight 1, half"))
+         *HALF.items(), ("tuned, half", "KD, weight 1, half"))
 
 def read_rows():
     """{row: Curve} and {row: the first line of a log} of the finished runs, NTP first."""
@@ -131,7 +131,7 @@ def pairs_table(found):
 
 def draw(found):
     figure, axes = curves.new_figure(1, 2, 11, 4)
-    ntp = found["NTP"]
+    ntp, colors = found["NTP"], {}
     for title, curve in found.items():
         for axis, per_seed in zip(axes, (gaps(curve, ntp), saved(curve, ntp)), strict=True):
             if title == "NTP":
@@ -143,7 +143,9 @@ def draw(found):
                                        strict=True)]
             at = [(t, values) for t, values in at if len(values) == len(per_seed)]
             x = [t for t, _ in at]
-            line, = axis.plot(x, [statistics.fmean(v) for _, v in at], label=title)
+            style = dict(color=colors.get(HALF[title]), linestyle="--") if title in HALF else {}
+            line, = axis.plot(x, [statistics.fmean(v) for _, v in at], label=title, **style)
+            colors[title] = line.get_color()
             axis.fill_between(x, [min(v) for _, v in at], [max(v) for _, v in at], alpha=0.2,
                               color=line.get_color(), linewidth=0)
     for axis in axes:

@@ -65,6 +65,7 @@ panels = {
 claims = {
     "CoCoMix under NTP": ("CoCoMix", "NTP"),
     "CoCoMix under KD": ("CoCoMix", "KD"),
+    "CoCoMix under KD of weight 1": ("CoCoMix", "KD, weight 1"),
     "KD under NTP": ("KD", "NTP"),
     "KD of weight 1 under NTP": ("KD, weight 1", "NTP"),
     "tuned: under NTP": ("CoCoMix, tuned", "NTP"),

@@ -33,6 +33,7 @@ HALF = {"tuned, half": "CoCoMix, tuned", "KD, weight 1, half": "KD, weight 1"}  
 PAIRS = (("CoCoMix, tuned", "tuned, nothing mixed in"), ("CoCoMix, tuned", "KD, weight 1"),
          ("tuned, weight 0.1", "CoCoMix, tuned"),
          ("tuned + KD, weight 1", "KD, weight 1"), ("CoCoMix", "KD"),
+         ("CoCoMix", "KD, weight 1"),
          *HALF.items(), ("tuned, half", "KD, weight 1, half"))
 
 def read_rows():

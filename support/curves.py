@@ -262,7 +262,7 @@ def plot(path, curves, panels=None):
     panels = {title: found for title, names in (panels or {}).items()
               if (found := [name for name in names if name in curves])} or {"": list(curves)}
     size, place = (13, 4), {}
-    if len(panels) > 1:  # the legend beside the last panel of a row
+    if len(panels) > 1:  # the legend is next to the last panel
         size, place = (15, 3 * len(panels)), dict(loc="upper left", bbox_to_anchor=(1, 1))
     figure, rows = new_figure(len(panels), 3, *size, sharey="row", squeeze=False)
     for (title, names), axes in zip(panels.items(), rows, strict=True):

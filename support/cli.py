@@ -80,7 +80,8 @@ def _hint(arg, keys, files):
         return f"write --{arg}"
     if files and Path(f"{arg}.py").is_file():
         return f"did you mean {arg}.py?"
-    return "keys are --key" + ", config files FILE.py" * bool(files)
+    folder = f", the run's folder --out_dir={arg}" * ("/" in arg and "out_dir" in keys)
+    return "keys are --key" + ", config files FILE.py" * bool(files) + folder
 
 def _parser(keys, doc):
     parser = argparse.ArgumentParser(

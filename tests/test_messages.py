@@ -169,7 +169,8 @@ TRAIN = {  # what is wrong: (arguments, what the line must say)
     "an unknown device": ("{data} --device=tpu", "device='tpu'", "not available"),
     "no config file": ("config/stdlib_npt.py", "no config file", "stdlib_ntp.py"),
     "a config file that raises": ("{bad}/raises.py", "does not run", "RuntimeError: no"),
-    "an argument that is no config file": ("out/a", "unexpected argument 'out/a'", ".py"),
+    "an argument that is no config file":
+        ("out/a", "unexpected argument 'out/a'", ".py, the run's folder --out_dir=out/a"),
     "resuming a damaged checkpoint":
         ("{data} --out_dir={bad}/cut --resume", "can't be read as a checkpoint", "cut short"),
     "one dash": ("-seed=3", "unexpected argument '-seed=3'", "--seed=3"),

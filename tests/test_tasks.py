@@ -231,17 +231,27 @@ def test_byte_order_marks_and_blank_lines_are_no_damage(tmp_path, suffix, opener
     with pytest.raises(UserError, match="is empty: expected the documents of"):
         tasks.documents("arc_easy", tmp_path, None)
 
-def test_the_hubs_documents_are_those_of_the_tasks_split(monkeypatch):
+@pytest.mark.parametrize("name, dataset, configuration, split", [
+    ("lambada_openai", "EleutherAI/lambada_openai", "default", "test"),
+    ("wikitext", "EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test"),
+    ("hellaswag", "Rowan/hellaswag", None, "validation"),
+    ("piqa", "baber/piqa", None, "validation"),
+    ("social_iqa", "lighteval/siqa", None, "validation"),
+    ("arc_easy", "allenai/ai2_arc", "ARC-Easy", "test"),
+    ("winogrande", "allenai/winogrande", "winogrande_xl", "validation"),
+])  # those of lm-evaluation-harness 0.4
+def test_the_hubs_documents_are_those_of_the_harness(monkeypatch, name, dataset, configuration,
+                                                     split):
     datasets = pytest.importorskip("datasets")
     called = []
 
     def load_dataset(*args, **kwargs):
         called.append((args, kwargs))
-        return harness.DOCUMENTS["arc_easy"]
+        return harness.DOCUMENTS[name]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert tasks.documents("arc_easy", None, 2) == harness.DOCUMENTS["arc_easy"][:2]
-    assert called == [(("allenai/ai2_arc", "ARC-Easy"), dict(split="test"))]
+    assert tasks.documents(name, None, 2) == harness.DOCUMENTS[name][:2]
+    assert called == [((dataset, configuration), dict(split=split))]
 
 def test_the_error_of_a_perplexity_is_the_perplexity_times_that_of_its_log():
     model, tokenizer = harness.fixture_model("gpt"), load_tokenizer("stdlib")

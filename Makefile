@@ -1,8 +1,8 @@
 # make demo        the whole pipeline on a laptop: data, concept model, SAE, NTP, CoCoMix, table, plot,
 #                  concept report, steering
-# make ablations   every baseline and ablation of the paper at the demo's size: about an hour on
-#                  2 cores; run it again to resume
-# make books       the comparison on books (BOOKS=their folder; SIZE=cpu: hours, cpu-long: a day,
+# make ablations   every baseline and ablation of the paper at the demo's size: about an hour
+#                  and a half on 2 cores; run it again to resume
+# make books       the comparison on books (BOOKS=their folder; SIZE=cpu: hours, cpu-long: half a day,
 #                  gpu: minutes); run it again to resume
 # make test        ruff and the tests: about 3 minutes after the install
 # make test-all    also the slow tests (kills, soaks, comparisons with other libraries)

@@ -9,7 +9,8 @@ ratios medians of each round's ratio. FLOPs are counted at their minimum (suppor
 FLOP/s and MFU fall with every product that is not needed. GPT-2 and its SAE are not fetched: random
 weights of the same shapes take the same time. --official is the official code's recipe
 (support/reference.py): float32, everything dense, four separate cross-entropies, concept model and
-SAE not frozen. --count takes hours from results/bench-h200.jsonl (--write).
+SAE not frozen. The hours of --count follow from the speeds in results/bench-h200.jsonl (--write),
+where it exists.
 """
 import gc
 import platform

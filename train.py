@@ -54,7 +54,7 @@ class Config:
         "concept", "what the mixer predicts; l1, l2, cos: the hidden state, with this distance")
     kd_weight: float = key(0.1, "weight of KL(concept model ‖ model), in methods with kd", low=0)
     labels: Literal["fly", "disk"] = key("fly", "computed at each step (fly), or beforehand (disk)")
-    concept_model: str = key("gpt2", "names the concepts: a run, GPT-2 weights, or gpt2")
+    concept_model: str = key("gpt2", "the frozen GPT to learn from: a run, GPT-2 weights, or gpt2")
     sae: str = key("openai", "its SAE: a run of sae.py, a published .pt, openai or openai_128k")
     concept_layer: int = key(5, "the SAE reads the hidden state after this block", low=0)
     attr_k: int = key(4, "label concepts per position", low=1)

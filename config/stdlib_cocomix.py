@@ -1,5 +1,5 @@
 # The demo's CoCoMix: the same batches and active parameters as config/stdlib_ntp.py. Four settings
-# differ from the paper because they work best here (results/stdlib-ablations): h + ĉ is inserted
+# differ from the paper, whose form is behind NTP here (results/stdlib-ablations): h + ĉ is inserted
 # instead of ĉ, labels are the most active concepts instead of those with the largest attribution,
 # λ = 1, and the mixer has three times the learning rate. The paper's form:
 #     python train.py config/stdlib_cocomix.py --mix=interleave --select=attribution \

@@ -1,4 +1,4 @@
-"""Half an hour on a GPU, so that its first minutes already leave results.
+"""The first half hour on a GPU, the most important results first.
 
     python results/gpu.py --minutes=28     # run what is missing, stop in time
     python results/gpu.py --rehearse       # the same on a CPU with tiny shapes, into out/rehearsal

@@ -20,10 +20,10 @@ An experiment is a folder with a file experiment.py of plain assignments:
               command has changed; its output is kept in that file
 
 Finished logs are copied into the experiment's folder; their first line has the command and the
-machine. If interrupted, run the same command again: finished runs are skipped, unless experiment.py
-now has another command for them. In a new clone the models in `before` are trained again, and equal
-the old ones only where machine and data give the same bits (the first line has the concept model's
-hash).
+machine. models.md has what the training of the concept models cost. If interrupted, run the same
+command again: finished runs are skipped, unless experiment.py now has another command for them. In
+a new clone the models in `before` are trained again, and equal the old ones only where machine and
+data give the same bits (the first line has the concept model's hash).
 """
 import functools
 import itertools
@@ -290,6 +290,21 @@ def claims_table(found, claims):
                         f"| {verdict(differences)} |")
     return "\n".join(rows)
 
+def models_table(folder, e, first):
+    """The GPTs of `before` as a Markdown table: their final losses and what their own training
+    cost, also relative to that of the row `first`; None where none has been trained."""
+    names = {name for seed in e["seeds"] for name in models_of(e, seed)}
+    logs = {name: log for name in sorted(names) if (path := folder / f"{name}.jsonl").is_file()
+            and "val_loss" in (log := read_log(path) or [{}])[-1]}
+    rows, cost = [], first.flops_per_token * first.tokens[-1]
+    for name, curve in curves.read_curves(logs).items():
+        flops = curve.flops_per_token * curve.tokens[-1]
+        ends = curves.spread(curve.at(curve.tokens[-1]).values())
+        rows.append([name, str(len(curve.losses)), ends, f"{flops:.2e}",
+                     f"{flops / cost:.1f}" if cost else "–"])
+    headings = "concept model", "seeds", "val loss", "FLOPs of its training", "÷ the first row's"
+    return curves.markdown(list(headings), rows) if rows else None
+
 def note_mixed_models(logs):
     """Say so where runs name the same concept model or dataset but learned from different ones."""
     for option, name in (("concept_model", "concept_model_hash"), ("dataset", "data_hash")):
@@ -321,6 +336,8 @@ def draw(folder, e, jobs):
     if e["claims"]:
         print()
         write_table(folder / "claims.md", claims_table(found, e["claims"]))
+    if models := models_table(folder, e, next(iter(found.values()))):
+        (folder / "models.md").write_text(models + "\n")
     if few := {row: found[row] for row in e["short"] if row in found}:
         (folder / "short.md").write_text(curves.learning_curves(few) + "\n")
         curves.plot(folder / "short", few)

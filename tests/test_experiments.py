@@ -66,6 +66,18 @@ claims = {"a claim": ("KD", "NTP")}
     assert (tmp_path / "short.md").read_text() == table and (tmp_path / "short.png").is_file()
     assert len((tmp_path / "claims.md").read_text().splitlines()) == 2  # no claim can be checked
 
+def test_the_cost_of_the_concept_models_is_relative_to_the_first_row(tmp_path):
+    e = experiment.EXPERIMENT | dict(before={"gpt-SEED": "", "sae-SEED": ""}, seeds=(1, 2))
+    assert experiment.models_table(tmp_path, e, curves.read_curve("x", [log([5.0, 4.0])])) is None
+    for seed, loss in (1, 3.0), (2, 3.5):
+        head, *lines = log([5.0, loss], seed=seed)
+        write_log(tmp_path / f"gpt-{seed}.jsonl", [head | dict(flops_per_token=300), *lines])
+        write_log(tmp_path / f"sae-{seed}.jsonl", [dict(step=1, fvu=0.5)])
+    head, *lines = log([5.0, 4.0])
+    first = curves.read_curve("NTP", [[head | dict(flops_per_token=150), *lines]])
+    (line,) = experiment.models_table(tmp_path, e, first).splitlines()[2:]
+    assert line.startswith("| gpt | 2 | 3.250 ± 0.250 |") and line.endswith("| 2.0 |")
+
 ONE = 'runs = {"a": "train.py"}\n'
 
 @pytest.mark.parametrize("text, message", [

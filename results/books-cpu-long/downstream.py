@@ -8,7 +8,7 @@ writes downstream.md. A run whose folder is gone keeps its line.
     held-out     nats per token on the validation split, 592,083 tokens of 40 held-out books
     books        word perplexity, and the perplexity of a held-out passage's last word, greedy
                  accuracy on it, and accuracy in choosing it among four words (chance: 25%)
-    LAMBADA      perplexity and greedy accuracy (--eval_data: the folder of the tasks)
+    LAMBADA      perplexity and greedy accuracy
     WikiText-2   word perplexity
 
 ± is the standard error over documents (the 40 books for word perplexity, else passages, of which 50
@@ -46,7 +46,8 @@ PASSAGE, PASSAGES = 700, 50  # characters; per book
 @dataclass(frozen=True)
 class Config:
     books: str = key(os.environ.get("BOOKS", "../shared/corpus"), "the folder of the books")
-    eval_data: str = key("../shared/eval", "the folder of the tasks' documents")
+    eval_data: str | None = key(os.environ.get("EVAL_DATA"),
+                                "the folder of the tasks' documents (none: download them)")
 
 def read_books(path):
     with lzma.open(path, "rt", encoding="utf-8") as file:

@@ -79,22 +79,24 @@ def concept_losses():
     logs = [read_log(path) for path in sorted(HERE.glob("gpt-*.jsonl"))]
     return {log[0]["seed"]: log[-1]["val_loss"] for log in logs}
 
-def eighths(curve):
-    """The places of eight evaluations, evenly spread, and their headings."""
+def shown(curve):
+    """The places of the first evaluation and of those at eighths of training, and their headings.
+    """
     n = len(curve.tokens)
-    shown = [round(i * n / 8) - 1 for i in range(1, 9)]
-    return shown, [f"{curve.tokens[i] / 1e6:.1f}M" for i in shown]
+    places = sorted({0, *(round(i * n / 8) - 1 for i in range(1, 9))} - {-1})
+    return places, [f"{curve.tokens[i] / 1e6:.1f}M" for i in places]
 
-def at_eighths(curve, other):
-    """The gaps of a row to another at eighths of training, as cells."""
+def gap_cells(curve, other):
+    """The gaps of a row to another where `shown`, as cells."""
     values = list(gaps(curve, other).values())
-    return [curves.spread(seed[i] for seed in values) for i in eighths(curve)[0]]
+    return [curves.spread(seed[i] for seed in values) for i in shown(curve)[0]]
 
 def table(found):
-    """A row for each method: its gap to NTP at eighths of training, and where it passes."""
+    """A row for each method: its gap to NTP during training, and where it passes."""
     ntp, goals, rows = found["NTP"], concept_losses(), []
+    headings = shown(ntp)[1]
     for title, curve in found.items():
-        cells = ["–"] * 8 if title == "NTP" else at_eighths(curve, ntp)
+        cells = ["–"] * len(headings) if title == "NTP" else gap_cells(curve, ntp)
         passed = [crossing(curve.tokens, losses, goals[seed])
                   for seed, losses in curve.losses.items()]
         text = "never"
@@ -102,8 +104,8 @@ def table(found):
             text = curves.spread(some, ".1f")
             text += f" ({len(some)} of {len(passed)} seeds)" * (len(some) < len(passed))
         rows.append([title, str(len(curve.losses)), *cells, text])
-    return curves.markdown(["run", "seeds", *eighths(ntp)[1],
-                            "passes its concept model at (M tokens)"], rows)
+    return curves.markdown(["run", "seeds", *headings, "passes its concept model at (M tokens)"],
+                           rows)
 
 def costs_table(found, heads):
     """A row for each method: what it costs, and tokens and FLOPs for NTP's final loss."""
@@ -125,12 +127,12 @@ def costs_table(found, heads):
                             "FLOPs for NTP's final loss"], rows)
 
 def pairs_table(found):
-    """A row for each of PAIRS: the gap of the first row to the second at eighths of training."""
+    """A row for each of PAIRS: the gap of the first row to the second during training."""
     rows = [[one, other, str(len(gaps(found[one], found[other]))),
-             *at_eighths(found[one], found[other])]
+             *gap_cells(found[one], found[other])]
             for one, other in PAIRS if one in found and other in found
             and gaps(found[one], found[other])]
-    return curves.markdown(["loss of", "minus that of", "seeds", *eighths(found["NTP"])[1]], rows)
+    return curves.markdown(["loss of", "minus that of", "seeds", *shown(found["NTP"])[1]], rows)
 
 def draw(found):
     figure, axes = curves.new_figure(1, 2, 11, 4)

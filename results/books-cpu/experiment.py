@@ -30,7 +30,7 @@ every = "--concept_layer=1 --concept_k=16"
 guided = (f"train.py {learner} --insert_layer=2 --concept_model=out/books-cpu/gpt "
     f"--sae=out/books-cpu/sae")
 ntp, cocomix = f"{guided} --n_embd=144", f"{guided} --n_embd=128 --method=cocomix"
-# what we measured to be best at such sizes
+# chosen on Python source, with one seed
 tuned = (f"{cocomix} --mix=interleave_residual --select=activation --concept_weight=1 "
     f"--concept_lr_scale=3")
 weak = tuned.replace("out/books-cpu/gpt", "out/books-cpu/gpt_weak").replace("out/books-cpu/sae",

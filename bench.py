@@ -4,7 +4,8 @@
     python bench.py config/ntp_69m.py config/cocomix_69m.py --disk --official --batch_size=2
     python bench.py --count config/*_69m.py config/*_1b.py              # parameters and FLOPs only
 
-Steps of all rows alternate, so a slow minute slows them alike. Figures are medians over the rounds,
+Steps of all rows alternate, so a slow minute slows them alike; their models share the memory, so
+measure large ones one at a time on a GPU. Figures are medians over the rounds,
 ratios medians of each round's ratio. FLOPs are counted at their minimum (support/accounting.py), so
 FLOP/s and MFU fall with every product that is not needed. GPT-2 and its SAE are not fetched: random
 weights of the same shapes take the same time. --official is the official code's recipe
@@ -33,6 +34,7 @@ except ImportError:  # Windows
 from support.runtime import UserError, run
 
 import torch
+import torch.nn.functional as F
 from torch.profiler import profile
 from torch.utils.benchmark import timer
 
@@ -103,13 +105,15 @@ def count(name, cfg):
     at_steps = train.asked(cfg, concept_model)
     concept_flops = accounting.label_flops_per_token(at_steps, cfg.block_size)
     tokens = cfg.max_tokens or cfg.max_iters * cfg.batch_size * cfg.block_size
-    measured = read_log(MEASURED) if MEASURED.is_file() else []
-    speeds = {line["row"]: line["tokens_per_s"] for line in measured}
+    params, flops, hours = accounting.num_params(model), flops_of(cfg, model), "not measured"
+    for line in read_log(MEASURED) if MEASURED.is_file() else []:
+        measured = line["row"], line["params"], line["flops_per_token"]
+        if measured == (name, params, flops + concept_flops):  # not another shape
+            hours = f"{tokens / line['tokens_per_s'] / 3600:,.0f}"
     return dict(
-        row=name, shape=f"{cfg.n_layer} × {cfg.n_embd}", params=accounting.num_params(model) / 1e6,
+        row=name, shape=f"{cfg.n_layer} × {cfg.n_embd}", params=params / 1e6,
         active_params=accounting.num_params(model, active=True) / 1e6, tokens=tokens / 1e9,
-        flops=flops_of(cfg, model) / 1e6, concept_flops=concept_flops / 1e6 or None,
-        hours=f"{tokens / speeds[name] / 3600:,.0f}" if name in speeds else "not measured")
+        flops=flops / 1e6, concept_flops=concept_flops / 1e6 or None, hours=hours)
 
 def clocked(f, times=1):
     """Mean seconds of f() over some calls."""
@@ -172,9 +176,12 @@ class Row:
             (total * (self.micro / len(self.x))).backward()
 
     def ask(self):
-        """What a step asks of the concept model, alone."""
+        """What a step asks of the concept model, alone; a teacher's logits, too, which the
+        student's loss computes in chunks."""
         for micro_batch in self.micro_batches:
-            self.concept_model.concept_targets(*micro_batch)
+            teacher = self.concept_model.concept_targets(*micro_batch).teacher
+            for x in teacher.x.split(1) if teacher else ():
+                F.linear(x.to(teacher.weight.dtype), teacher.weight)
 
     def turn(self, steps):
         """(tokens per second, the concept model's share of the time or None), over some steps."""

@@ -135,7 +135,7 @@ class ConceptModel:
         return self._active(TopK(*(t.gather(-1, best) for t in active)))
 
     def _active(self, top):
-        """The first attr_k concepts; where fewer are active, the first is repeated."""
+        """The first attr_k concepts; where fewer are active (or none), the first is repeated."""
         values, indices = (t[..., :self.attr_k] for t in top)
         return torch.where(values > 0, indices, indices[..., :1])
 

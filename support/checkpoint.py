@@ -118,15 +118,17 @@ def load_weights(cls, settings_cls, content, device):
 
 def load_optimizer(optimizer, content, path):
     """Restore an optimizer's state. UserError: it belongs to other parameters."""
+    saved, fused = content["optimizer"], optimizer.defaults["fused"]  # that of this device
     remedy = "start again with --overwrite or another --out_dir"
     with explain(f"the optimizer's state in {path} does not fit the model", remedy):
-        optimizer.load_state_dict(content["optimizer"])
+        groups = [group | dict(fused=fused) for group in saved["param_groups"]]
+        optimizer.load_state_dict(saved | dict(param_groups=groups))
 
 def relocate(content, cfg):
     """Put the PLACES that a command's cfg was given into the train_config of a checkpoint's
     content: where what the run was trained with is now."""
     for name in PLACES:
-        if name in cfg.given:
+        if name in cfg.given and getattr(cfg, name) is not None:
             content["train_config"][name] = getattr(cfg, name)
 
 def kind_of_run(content):

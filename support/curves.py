@@ -26,7 +26,7 @@ AVERAGES = dict(average_perplexity=list(MEASURES)[:3],  # Table 1
 
 def perplexity(loss):
     """exp(loss), infinite where that is beyond a float."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss >= 700 else math.exp(loss)
 
 def averages(row):
     """The AVERAGES whose measures are all in row."""

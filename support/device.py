@@ -21,6 +21,8 @@ def pick_device(name="auto"):
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("expected cpu, cuda or mps")
         torch.empty(1, device=device)
+        if device.type == "mps" and not _mps_works():
+            raise RuntimeError("this PyTorch lacks the sparse products on it")
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")  # TF32 for products in float32

@@ -42,9 +42,9 @@ def pads_heads(device):
 def attention(q, k, v, mask=None, causal=False, dropout=0.0):
     """F.scaled_dot_product_attention of q, k, v (B, heads, positions, width).
 
-    A GPU's kernel for masks or float32 needs a width divisible by 8; others fall back to the plain
-    formula, whose weights (B, heads, positions, positions) fill the memory. Zeros change nothing:
-    widths are padded with them."""
+    A GPU's kernels for masks or float32 need aligned rows, which widths divisible by 8 have; others
+    fall back to the plain formula, whose weights (B, heads, positions, positions) fill the memory.
+    Zeros change nothing: widths are padded with them."""
     width = q.shape[-1]
     needed = width % 8 and (mask is not None or q.dtype == torch.float32)
     if needed and pads_heads(q.device):

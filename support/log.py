@@ -17,7 +17,7 @@ class Log:
 
     Opened at `step`, it keeps the lines up to that step, so a resumed run has neither gaps nor
     duplicates. A new run changes the folder only at `begin`, after its first checkpoint is saved.
-    `also(line, step=…)`, if given, receives each line. changes: entries of the first line that the
+    `also(line, step=…)`, if given, receives each line. changes: entries that the first line of the
     resumed run changes. UserError: not writable, or another process trains in the folder.
     """
     def __init__(self, path, step=0, also=None, changes=None):
@@ -27,7 +27,7 @@ class Log:
         weakref.finalize(self, unlock, lock_folder(self.path.parent, "training", "out_dir"))
         kept = read_log(self.path) if step and self.path.is_file() else []
         for line in kept[:1]:
-            line.update({k: v for k, v in (changes or {}).items() if k in line})
+            line.update(changes or {} if "max_iters" in line else {})
         kept = [self._text(line) for line in kept if line.get("step", math.inf) <= step]
         self.empty, self._pending = not kept, kept
         if step:

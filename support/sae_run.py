@@ -79,13 +79,13 @@ class SAERun(Run):
         logging = self.step % self.cfg.log_interval == 0 or self.last
         saving = self.step % self.cfg.save_interval == 0 or self.last or stopping
         if logging or saving:
-            self.seconds += self.lap()
             self._report(fvu, aux, top, logging)
         if saving:
             self.save()
 
     def _report(self, fvu, aux, top, logging):
         self.check_steps("the SAE's loss")
+        self.seconds += self.lap()
         self.check_weights(self.sae)
         dead = (self.sae.since_active >= self.dead_tokens).float().mean().item()
         line = dict(step=self.step, tokens=self.tokens, fvu=fvu.item(), aux=aux.item(),
@@ -100,6 +100,7 @@ class SAERun(Run):
         save_checkpoint(self.checkpoint, sae_config=asdict(self.cfg), uses=self.uses,
                         sae=self.sae.state_dict(), optimizer=self.optimizer.state_dict(),
                         step=self.step, seconds=self.seconds)
+        self.lap()  # checkpoints do not count as training time
 
     def end(self):
         """Evaluate the SAE, write sae.json and, last, sae.pt; warn if it is degenerate."""

@@ -16,7 +16,7 @@ from support.cli import parse
 from support.curves import perplexity
 from support.device import compile_model, pick_device, should_compile, uses_bf16
 from support.distributed import Ranks
-from support.log import Log, SpikeDetector
+from support.log import Log, SpikeDetector, read_log
 
 def keys_in(argv):
     """The keys that a command line gives, those of its config files left out."""
@@ -235,7 +235,8 @@ class TrainingRun(Run):
         self.parallel = ranks.parallel(self.compiled)
         self.autocast = torch.autocast(self.device.type, dtype=torch.bfloat16,
                                        enabled=uses_bf16(cfg.dtype, self.device))
-        head, labels = self._head(), self.model.config.insert in ("concept", "hidden")
+        place = self._place()
+        head, labels = self._head() | place, self.model.config.insert in ("concept", "hidden")
         flops = [accounting.label_flops_per_token(asked, cfg.block_size) for asked in
                  (at_steps, concept_model if labels and cfg.concept_weight > 0 else at_steps)]
         self.flops = head["flops_per_token"] + flops[0]
@@ -243,7 +244,8 @@ class TrainingRun(Run):
         also, self.wandb_id = None, (self.content or {}).get("wandb_id")
         if cfg.wandb_log and ranks.first:
             also, self.wandb_id = start_wandb(cfg, self.wandb_id)
-        self.log = Log(self.out / "log.jsonl", self.step, also, dict(max_iters=cfg.max_iters))
+        self.log = Log(self.out / "log.jsonl", self.step, also,
+                       dict(max_iters=cfg.max_iters) | self._moved(place))
         if self.log.empty:
             self.log.write(head)
         where = f"{ranks.size} × " * (ranks.size > 1) + self.device.type
@@ -252,11 +254,32 @@ class TrainingRun(Run):
               f"{cfg.max_iters} steps of {self.tokens_per_step} tokens on {where}, {self.micro} "
               "sequences at a time")
 
-    def _head(self):
-        """The first line of log.jsonl: what is trained on what."""
-        cfg, model, device = self.cfg, self.model, f"{platform.machine()} {self.device.type}"
+    def _place(self):
+        """Where this run computes, for the first line of log.jsonl."""
+        device = f"{platform.machine()} {self.device.type}"
         if self.device.type == "cuda":
             device = torch.cuda.get_device_name()
+        return dict(device=device, threads=torch.get_num_threads(), processes=self.ranks.size,
+                    torch=torch.__version__,
+                    dtype="bfloat16" if uses_bf16(self.cfg.dtype, self.device) else "float32")
+
+    def _moved(self, place):
+        """Where a resumed run now computes elsewhere: an entry of the log's first line, with the
+        places of earlier moves, and a line that says so."""
+        path = self.out / "log.jsonl"
+        first = next(iter(read_log(path)), {}) if self.step and path.is_file() else {}
+        moves = first.get("moved", [])
+        before = first | (moves[-1] if moves else {})
+        changed = {k: v for k, v in place.items() if before.get(k, v) != v}
+        if not changed:
+            return {}
+        texts = (f"{k} {v} (before: {before[k]})" for k, v in changed.items())
+        print(f"{self.out}: continues with {', '.join(texts)}")
+        return dict(moved=[*moves, dict(step=self.step, **place)])
+
+    def _head(self):
+        """The first line of log.jsonl: what is trained on what; `_place` is added."""
+        cfg, model = self.cfg, self.model
         return dict(
             step=self.step, method=cfg.method, seed=cfg.seed, max_iters=cfg.max_iters,
             params=accounting.num_params(model),
@@ -265,8 +288,7 @@ class TrainingRun(Run):
                 model, concept_loss=cfg.concept_weight > 0),
             labels=cfg.labels if model.config.insert in ("concept", "hidden") else None,
             concept_model_hash=self.uses.get("concept_model"), data_hash=self.uses["train.bin"],
-            device=device, threads=torch.get_num_threads(), processes=self.ranks.size,
-            torch=torch.__version__, source_hash=self.meta.get("source_hash"))
+            source_hash=self.meta.get("source_hash"))
 
     def training_batches(self, stored_labels):
         """(x, y, labels or None) of all steps left, on the device."""

@@ -83,6 +83,22 @@ def test_a_concept_model_that_a_run_does_not_need_is_not_timed(chain, dataset):
     row = bench.Row("mixing only", cfg, torch.device("cpu"))
     assert row.concept_model is None and row.concept_flops == 0
 
+def test_hours_are_those_of_a_measurement_of_the_same_shapes(dataset, tmp_path, monkeypatch):
+    def hours(*argv):
+        argv = [*TINY, "--method=ntp", f"--dataset={dataset}", *argv]
+        return bench.count("mine", parse(bench.Config, argv)[0])["hours"]
+
+    path = tmp_path / "measured.jsonl"
+    monkeypatch.setattr(bench, "MEASURED", path)
+    assert hours() == "not measured"
+    (tmp_path / "mine.py").write_text("")
+    argv = [*TINY, f"--dataset={dataset}", "--rounds=1", "--memory=false", f"--write={path}"]
+    assert run(bench.main, tmp_path / "mine.py", *argv)[0] == 0
+    (line,) = read_rows(path)
+    path.write_text(json.dumps(line | dict(tokens_per_s=0.01)) + "\n")
+    assert hours() == "28" and hours("--max_iters=80") == "284"  # 1,024 and 10,240 tokens
+    assert hours("--n_layer=5") == hours("--block_size=16") == "not measured"
+
 def test_errors_are_one_line():
     status, _, err = run(bench.main, "--rounds=1")
     assert status == 1 and "name config files" in err

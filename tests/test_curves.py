@@ -1,4 +1,6 @@
 """Comparing runs from their logs: learning curves, their table and their picture."""
+import math
+
 from support.runtime import UserError
 
 import pytest
@@ -15,6 +17,9 @@ def log(losses, every=100, seed=1, flops=10, concept_flops=0, speed=50):
 
 def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
+
+def test_the_perplexity_of_a_broken_loss_is_no_number():
+    assert curves.perplexity(800) == math.inf and math.isnan(curves.perplexity(math.nan))
 
 def test_tokens_to_reach_a_loss_are_interpolated():
     curve = [100, 200, 300, 400], [5.0, 4.0, 3.0, 3.5]

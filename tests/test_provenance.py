@@ -120,6 +120,8 @@ def test_a_run_is_self_contained(copy):
     """Text can be generated when all else has moved; evaluation says where to look."""
     folder, keys = copy
     before, _ = row(folder)
+    where_it_was = [f"--{name}=none" for name in ("dataset", "concept_model", "sae")]
+    assert row(folder, *where_it_was)[0]["concept_loss"] == before["concept_loss"]
     for name in ("data", "gpt", "sae"):
         (folder / name).rename(folder / f"moved_{name}")
     assert run(sample.main, folder / "cocomix", "--max_new_tokens=4")[0] == 0

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sae as sae_module
 from model import load_gpt
 from sae import SAE, Config, initialize, load_sae, losses, train_step, variance_share
-from support import kernels, reference
+from support import kernels, reference, sae_run, training
 from support.activations import HiddenStates, check_layer, geometric_median, hidden_states
 from support.kernels import normalize
 from support.log import read_log
@@ -221,6 +221,24 @@ def test_layers_above_a_mixer_or_without_a_block_above_are_refused(chain, mix):
         check_layer(gpt, 1)
     with pytest.raises(UserError, match="concept_layer=2 must leave a block above it.*3 blocks"):
         check_layer(gpt, 2)
+
+def test_only_steps_count_as_training_time(chain, dataset, tmp_path, monkeypatch):
+    clock, keep = [0.0], sae_module.train_step
+
+    def step(*args):
+        clock[0] += 1
+        return keep(*args)
+
+    def save(*_, **__):
+        clock[0] += 100
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(sae_module, "train_step", step)
+    monkeypatch.setattr(sae_run, "save_checkpoint", save)
+    status, _, err = run(sae_module.main, *TINY_SAE, "--max_tokens=2048", "--eval_tokens=500",
+                         "--save_interval=2", "--log_interval=3", f"--dataset={dataset}",
+                         f"--concept_model={chain['gpt']}", f"--out_dir={tmp_path}")
+    assert status == 0, err
+    assert [line["seconds"] for line in read_log(tmp_path / "log.jsonl")] == [3, 6, 8]
 
 @pytest.mark.parametrize("stop", [3, 8])
 def test_resume_equals_uninterrupted(chain, dataset, tmp_path, stop):

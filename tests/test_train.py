@@ -172,6 +172,29 @@ def test_resume_equals_uninterrupted_bit_for_bit(chain, dataset, tmp_path, metho
     assert logs[0] == logs[1]
     assert [line["step"] for line in logs[1] if "loss" in line] == list(range(1, 9))
 
+def test_a_run_that_continues_elsewhere_says_so(dataset, tmp_path, monkeypatch):
+    argv = arguments(dataset, tmp_path)
+    for step, bf16 in (5, False), (6, True), (7, True):
+        monkeypatch.setattr(training, "uses_bf16", lambda dtype, device, bf16=bf16: bf16)
+        with StopAt(step):
+            status, out, _ = run(train.main, *argv, "--resume")
+        assert status == 130
+        assert ("continues with dtype bfloat16 (before: float32)" in out) == (step == 6)
+    first = read_log(tmp_path / "log.jsonl")[0]
+    assert first["dtype"] == "float32" and len(first["moved"]) == 1
+    assert first["moved"][0].items() >= dict(dtype="bfloat16", device=first["device"]).items()
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_resumed_optimizer_is_fused_where_the_device_can(fused):
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.ones(2)
+    before, after = (torch.optim.AdamW([p], fused=f) for f in (not fused, fused))
+    before.step()
+    checkpoint.load_optimizer(after, dict(optimizer=before.state_dict()), "x")
+    assert after.param_groups[0]["fused"] == fused
+    after.step()
+    assert after.state[p]["step"] == 2
+
 def test_a_finished_run_is_not_run_again_and_none_is_overwritten(chain, dataset):
     path = Path(chain["ntp"]) / "ckpt.pt"
     before = path.read_bytes()

@@ -5,13 +5,12 @@
     python bench.py --count config/*_69m.py config/*_1b.py              # parameters and FLOPs only
 
 Steps of all rows alternate, so a slow minute slows them alike; their models share the memory, so
-measure large ones one at a time on a GPU. Figures are medians over the rounds,
-ratios medians of each round's ratio. FLOPs are counted at their minimum (support/accounting.py), so
-FLOP/s and MFU fall with every product that is not needed. GPT-2 and its SAE are not fetched: random
-weights of the same shapes take the same time. --official is the official code's recipe
-(support/reference.py): float32, everything dense, four separate cross-entropies, concept model and
-SAE not frozen. The hours of --count follow from the speeds in results/bench-h200.jsonl (--write),
-where it exists.
+measure large ones one at a time on a GPU. Figures are medians over the rounds, ratios medians of
+each round's ratio. FLOPs are counted at their minimum (support/accounting.py), so FLOP/s and MFU
+fall with every product that is not needed. GPT-2 and its SAE are not fetched: random weights of the
+same shapes take the same time. --official is the official code's recipe (support/reference.py):
+float32, everything dense, four separate cross-entropies, concept model and SAE not frozen. The
+hours of --count follow from the speeds in results/bench-h200.jsonl (--write), where it exists.
 """
 import gc
 import platform
@@ -180,8 +179,9 @@ class Row:
         student's loss computes in chunks."""
         for micro_batch in self.micro_batches:
             teacher = self.concept_model.concept_targets(*micro_batch).teacher
-            for x in teacher.x.split(1) if teacher else ():
-                F.linear(x.to(teacher.weight.dtype), teacher.weight)
+            with self.autocast:
+                for x in teacher.x.split(1) if teacher else ():
+                    F.linear(x, teacher.weight)
 
     def turn(self, steps):
         """(tokens per second, the concept model's share of the time or None), over some steps."""

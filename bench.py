@@ -106,8 +106,8 @@ def count(name, cfg):
     tokens = cfg.max_tokens or cfg.max_iters * cfg.batch_size * cfg.block_size
     params, flops, hours = accounting.num_params(model), flops_of(cfg, model), "not measured"
     for line in read_log(MEASURED) if MEASURED.is_file() else []:
-        measured = line["row"], line["params"], line["flops_per_token"]
-        if measured == (name, params, flops + concept_flops):  # not another shape
+        same = name, params, flops + concept_flops  # not another shape
+        if same == (line["row"], line.get("params", params), line.get("flops_per_token", same[2])):
             hours = f"{tokens / line['tokens_per_s'] / 3600:,.0f}"
     return dict(
         row=name, shape=f"{cfg.n_layer} × {cfg.n_embd}", params=params / 1e6,

@@ -197,7 +197,7 @@ def test_an_experiment_runs_what_is_missing(dataset, tmp_path, monkeypatch):
     assert status == 1 and "n_embd=16 is not divisible" in err
 
 @pytest.mark.parametrize("name, rows",
-                         [("stdlib-ablations", 25), ("books-cpu", 19), ("books-cpu-long", 14),
+                         [("stdlib-ablations", 25), ("books-cpu", 19), ("books-cpu-long", 13),
                           ("books-h200", 8)])
 def test_each_row_of_an_experiment_is_a_run_that_its_script_accepts(name, rows):
     e = experiment.read_experiment(ROOT / "results" / name / "experiment.py")

@@ -40,7 +40,6 @@ runs = {
     "tuned + KD, weight 1": f"{tuned} {rate} --method=cocomix_kd --kd_weight=1",
     "KD": f"{ntp} {rate} --method=kd",
     "CoCoMix": f"{cocomix} {rate}",
-    "tuned, weight 0.1": f"{tuned} {rate}".replace("concept_weight=1", "concept_weight=0.1"),
     # the concept model is asked during the first half only
     "KD, weight 1, half": f"{schedule(ntp)} {rate} --method=kd --kd_weight=1",
     "tuned, half": f"{schedule(tuned)} {rate}",
@@ -50,12 +49,11 @@ runs = {
     "tuned, rate 2e-3": f"{tuned} --learning_rate=2e-3",
     "tuned, rate 8e-3": f"{tuned} --learning_rate=8e-3",
 }
-once = tuple(runs)[10:]
-short = tuple(runs)[:10]
+once = tuple(runs)[9:]
+short = tuple(runs)[:9]
 panels = {
     "the methods": ["NTP", "KD", "KD, weight 1", "CoCoMix", "CoCoMix, tuned",
                     "tuned + KD, weight 1"],
-    "λ": ["NTP", "CoCoMix", "CoCoMix, tuned", "tuned, weight 0.1"],
     "what mixing in earns": ["NTP", "tuned, nothing mixed in", "CoCoMix, tuned"],
     "the first half only": ["NTP", "KD, weight 1", "KD, weight 1, half", "CoCoMix, tuned",
                             "tuned, half"],
@@ -72,7 +70,6 @@ claims = {
     "tuned: under KD of weight 1": ("CoCoMix, tuned", "KD, weight 1"),
     "tuned: prediction alone under NTP": ("tuned, nothing mixed in", "NTP"),
     "tuned: mixing under none": ("CoCoMix, tuned", "tuned, nothing mixed in"),
-    "tuned: weight 0.1 under weight 1": ("tuned, weight 0.1", "CoCoMix, tuned"),
     "tuned, half: under tuned": ("tuned, half", "CoCoMix, tuned"),
     "tuned, half: under NTP": ("tuned, half", "NTP"),
     "KD of weight 1, half: under KD of weight 1": ("KD, weight 1, half", "KD, weight 1"),
@@ -87,7 +84,6 @@ after = {
     "downstream.txt": "results/books-cpu-long/downstream.py " + " ".join(
         f"{out}/{row}-{seed}" for seed in seeds for row in (
             "gpt", "ntp", "cocomix_tuned", "kd_weight_1", "tuned_nothing_mixed_in",
-            "tuned_kd_weight_1", "kd", "cocomix", "tuned_weight_0_1", "kd_weight_1_half",
-            "tuned_half")),
+            "tuned_kd_weight_1", "kd", "cocomix", "kd_weight_1_half", "tuned_half")),
 }
 at_once = 2  # runs side by side, one thread each

@@ -26,12 +26,10 @@ from support.log import read_log
 HERE = Path(__file__).resolve().parent
 ROWS = {"ntp": "NTP", "kd": "KD", "kd_weight_1": "KD, weight 1", "cocomix": "CoCoMix",
         "cocomix_tuned": "CoCoMix, tuned", "tuned_nothing_mixed_in": "tuned, nothing mixed in",
-        "tuned_weight_0_1": "tuned, weight 0.1",
         "tuned_kd_weight_1": "tuned + KD, weight 1", "tuned_half": "tuned, half",
         "kd_weight_1_half": "KD, weight 1, half"}
 HALF = {"tuned, half": "CoCoMix, tuned", "KD, weight 1, half": "KD, weight 1"}  # of which row
 PAIRS = (("CoCoMix, tuned", "tuned, nothing mixed in"), ("CoCoMix, tuned", "KD, weight 1"),
-         ("tuned, weight 0.1", "CoCoMix, tuned"),
          ("tuned + KD, weight 1", "KD, weight 1"), ("CoCoMix", "KD"),
          ("CoCoMix", "KD, weight 1"),
          *HALF.items(), ("tuned, half", "KD, weight 1, half"))

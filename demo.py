@@ -20,6 +20,8 @@ sample.py out/stdlib/cocomix --steer --start="    def __init__(self" --max_new_t
 """
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        sys.exit(f"{__doc__}\nIt takes no arguments.")
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C ends the command, which saves first
     for command in COMMANDS.strip().splitlines():
         print("python", command, flush=True)

@@ -72,8 +72,8 @@ class Config:
                             "(0: any; without a value: 8000)", low=0, high=65535, bare="8000",
                             follows=r"\d+$")
     dataset: str | None = key(None, "where the run's dataset is now (none: where it was)")
-    concept_model: str | None = key(None, "where its concept model is now")
-    sae: str | None = key(None, "where its SAE is now")
+    concept_model: str | None = key(None, "where its concept model is (none: where it was)")
+    sae: str | None = key(None, "where its SAE is (none: where it was)")
     out_dir: str | None = key(None, "folder for concepts.pt (none: the run's)")
     device: str = key("auto", "cpu, cuda, cuda:1 or mps; auto: the fastest available")
 

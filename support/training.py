@@ -104,6 +104,9 @@ class Run:
             raise UserError(f"{self.out} already holds a run; --resume continues it, --overwrite "
                             "replaces it, --out_dir=… starts another")
         content = checkpoint.load_checkpoint(self.checkpoint, self.needs)
+        for name in content[self.config].keys() - asdict(self.cfg).keys():
+            raise UserError(f"{self.checkpoint} has {name}={content[self.config][name]!r}, a key "
+                            "of another script: resume it with that, or choose another --out_dir")
         extended = ""
         for name, value in asdict(self.cfg).items():
             before = content[self.config].get(name, value)  # a newer version has more keys

@@ -269,6 +269,16 @@ def test_a_scheduled_run_asks_its_concept_model_in_the_first_steps_only(chain, d
     # the losses of step 5 are those of the weights that step 4 left
     equal = [through[step]["loss"] == half[step]["loss"] for step in through]
     assert equal[:5] == [True] * 5 and not any(equal[5:])
+    monkeypatch.undo()  # train.py would ask it again
+    status, _, err = run(train.main, *argv, f"--out_dir={tmp_path / 'half'}", "--resume")
+    assert status == 1 and "until=4, a key of another script" in err
+
+def test_leads_need_the_logs_of_ntp_and_of_the_concept_models(tmp_path, monkeypatch):
+    gaps = load("books-cpu-long/gaps.py")
+    monkeypatch.setattr(gaps, "HERE", tmp_path)
+    write_log(tmp_path / "kd-1.jsonl", log([3.0, 2.0], seed=1))
+    status, _, err = run(gaps.main)
+    assert status == 1 and "the logs of NTP" in err and not (tmp_path / "gaps.md").exists()
 
 def test_leads_crossings_and_costs_are_counted_as_defined(tmp_path, monkeypatch):
     gaps = load("books-cpu-long/gaps.py")

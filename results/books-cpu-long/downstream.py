@@ -8,7 +8,7 @@ writes downstream.md. A run whose folder is gone keeps its line.
     held-out     nats per token on the validation split, 592,083 tokens of 40 held-out books
     books        word perplexity, and the perplexity of a held-out passage's last word, greedy
                  accuracy on it, and accuracy in choosing it among four words (chance: 25%)
-    LAMBADA      perplexity and greedy accuracy
+    LAMBADA      perplexity; greedy accuracy, which is almost zero, only in downstream.jsonl
     WikiText-2   word perplexity
 
 ± is the standard error over documents (the 40 books for word perplexity, else passages, of which 50

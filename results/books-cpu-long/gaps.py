@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from support.runtime import run
+from support.runtime import UserError, run
 
 from support import curves
 from support.log import read_log
@@ -165,6 +165,10 @@ def draw(found):
 
 def main(_):
     found, heads = read_rows()
+    missing = {seed for curve in found.values() for seed in curve.losses} - concept_losses().keys()
+    if missing or "NTP" not in found:
+        raise UserError("the logs of NTP, and of each seed's concept model (gpt-SEED.jsonl), are "
+                        "needed")
     texts = dict(gaps=table(found), pairs=pairs_table(found), costs=costs_table(found, heads))
     for name, text in texts.items():
         (HERE / f"{name}.md").write_text(text + "\n")

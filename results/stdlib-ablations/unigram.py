@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from support.runtime import UserError, run
+
 import numpy as np
 
 from support.curves import markdown, read_curves, spread
@@ -26,6 +28,8 @@ def unigram_loss(dataset):
     return -(val / val.sum() * np.log((train + 1) / (train + 1).sum())).sum()
 
 def main(datasets):
+    if [Path(dataset).name for dataset in datasets] != list(ROWS):
+        raise UserError(f"name two datasets, {' and '.join(ROWS)}: data/stdlib data/books4096")
     rows = []
     for dataset in map(Path, datasets):
         rows.append([dataset.name, "token frequencies", "", f"{unigram_loss(dataset):.3f}"])
@@ -39,4 +43,4 @@ def main(datasets):
     print(text)
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

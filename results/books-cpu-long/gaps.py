@@ -161,7 +161,7 @@ def draw(found):
     axes[1].set_ylabel("tokens saved to reach NTP's loss")
     axes[1].yaxis.set_major_formatter("{x:.0%}")
     axes[0].legend(frameon=False, fontsize=8)
-    return curves.save_figure(figure, HERE / "gaps")
+    curves.save_figure(figure, HERE / "gaps")
 
 def main(_):
     found, heads = read_rows()
@@ -173,7 +173,7 @@ def main(_):
     for name, text in texts.items():
         (HERE / f"{name}.md").write_text(text + "\n")
         print(f"{text}\n")
-    print(f"gaps: {draw(found)}")
+    draw(found)
 
 if __name__ == "__main__":
     run(main)
